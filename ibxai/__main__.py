@@ -1,0 +1,7 @@
+"""`python -m ibxai`."""
+
+import sys
+
+from ibxai.cli import main
+
+sys.exit(main())

@@ -1,0 +1,269 @@
+"""A frozen network with named layers, cut where a method asks.
+
+    backbone = freeze(network, input_shape=(3, 224, 224), layers={"bottleneck": "layer3"})
+    head, tail = backbone.split("bottleneck")
+    tail(head(x)) == backbone(x)
+
+`tail` alone is what a bottleneck optimises on. Freezing copies the network: the caller's stays as it was. Nothing is
+left behind by a pass: no hook, no gradient, no mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ibxai.backbones.tracing import Trace, Untraceable
+from ibxai.errors import UserError, nearest
+from ibxai.preprocessing import Preprocessing
+
+log = logging.getLogger(__name__)
+
+_ROWS = 4
+ROLES = ("gradcam", "bottleneck", "early", "mid", "late")
+
+
+@dataclass(frozen=True)
+class Features:
+    """A layer's output [B, ...], and what reaches the network's output past the layer (`bypass`, [B, ...] each)."""
+
+    values: Tensor
+    bypass: tuple[Tensor, ...] = ()
+
+    def replaced(self, values: Tensor, rows: Tensor) -> Features:
+        """The same pictures with other values at the layer: row i of `values` belongs to picture rows[i]."""
+        return Features(values, tuple(tensor[rows] for tensor in self.bypass))
+
+
+class Split(NamedTuple):
+    """The two parts of a network: head(x) -> Features, tail(Features or its values) -> output [B, K]."""
+
+    head: Callable[[Tensor], Features]
+    tail: Callable[[Features | Tensor], Tensor]
+
+
+class Backbone:
+    """A frozen network. Build one with `freeze`, or by name with `backbone=` on the command line.
+
+    layers: the sizes of every named layer's output for one picture, without the batch.
+    roles: the layers that methods ask for by role ("gradcam", "bottleneck", "early", "mid", "late").
+    digest: hash of the weights. random_weights: True when nothing was trained.
+    max_passes: the most network rows run at once; methods and metrics cut their work to it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        roles: Mapping[str, str],
+        name: str,
+        random_weights: bool,
+        max_passes: int,
+    ) -> None:
+        self.name, self.roles, self.preprocessing = name, dict(roles), preprocessing
+        self.random_weights, self.max_passes = random_weights, max_passes
+        self.digest = _weights_digest(network)
+        example = torch.zeros(2, *preprocessing.input_shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+        self._trace: Trace | None
+        try:
+            self._trace = Trace(network, example)
+            self._network: nn.Module = self._trace.module.eval()
+            self.layers = self._trace.shapes
+        except Untraceable as reason:
+            log.warning("%s cannot be cut at a layer (%s): every pass runs the whole network", name, reason)
+            self._trace, self._network = None, network
+            self.layers = _layer_shapes(network, example)
+        for part in self._network.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.no_grad():
+            self.outputs = int(self._network(example).shape[1])
+        self._counter: Counter[str] | None = None
+        self._cuts: dict[str, tuple[nn.Module, nn.Module]] = {}
+        for role, layer in self.roles.items():
+            if layer not in self.layers:
+                raise UserError(f"The layer of role '{role}': {self._unknown_layer(layer)}")
+
+    def to(self, device: torch.device | str) -> Backbone:
+        """Move the weights; the cuts share them."""
+        self._network.to(device)
+        self._cuts.clear()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._network.parameters()).device
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits or values [B, K] of inputs [B, C, H, W]."""
+        padded = _whole_rows(_channels_last(inputs))
+        self._count("forward", padded)
+        return self._network(padded)[: len(inputs)]
+
+    def layer(self, name: str) -> str:
+        """The layer a role or a name stands for. Raises UserError with the nearest names."""
+        found = self.roles.get(name, name)
+        if found not in self.layers:
+            raise UserError(self._unknown_layer(name))
+        return found
+
+    def split(self, layer: str) -> Split:
+        """Cut behind a layer (name or role). Of a network that cannot be traced, tail runs all of it, with a hook."""
+        layer = self.layer(layer)
+        if self._trace is not None and layer not in self._cuts:
+            try:
+                self._cuts[layer] = self._trace.cut(layer)
+            except Untraceable as reason:
+                log.warning("%s cannot be cut behind %s (%s): passes run the whole network", self.name, layer, reason)
+        if layer not in self._cuts:
+            return self._hooked_split(layer)
+        head, tail = self._cuts[layer]
+
+        def run_head(inputs: Tensor) -> Features:
+            padded = _whole_rows(_channels_last(inputs))
+            self._count("head forward", padded)
+            values, *bypass = (tensor[: len(inputs)] for tensor in head(padded))
+            return Features(values, tuple(bypass))
+
+        def run_tail(features: Features | Tensor) -> Tensor:
+            features = features if isinstance(features, Features) else Features(features)
+            padded = _whole_rows(features.values)
+            self._count("tail forward", padded)
+            return tail(padded, *(_whole_rows(tensor) for tensor in features.bypass))[: len(features.values)]
+
+        return Split(run_head, run_tail)
+
+    def features(self, inputs: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of several layers (names or roles) in one forward, nothing behind the last of them."""
+        names = [self.layer(name) for name in layers]
+        if self._trace is not None:
+            padded = _whole_rows(_channels_last(inputs))
+            self._count("head forward", padded)
+            found = self._trace.extractor(names)(padded)
+            return {layer: tensor[: len(inputs)] for layer, tensor in zip(layers, found, strict=True)}
+        self._count("forward", inputs)
+        seen: dict[str, Tensor] = {}
+        with _hooks(self._network, {name: _keep(seen, name) for name in names}):
+            self._network(inputs)
+        return {layer: seen[name] for layer, name in zip(layers, names, strict=True)}
+
+    @contextmanager
+    def counting(self) -> Iterator[Counter[str]]:
+        """Counts picture passes while open: "forward", "head forward", "tail forward", "tail backward" ..."""
+        before, self._counter = self._counter, Counter()
+        try:
+            yield self._counter
+        finally:
+            if before is not None:
+                before.update(self._counter)
+            self._counter = before
+
+    def _count(self, part: str, rows: Tensor) -> None:
+        if self._counter is not None:
+            self._counter[part] += len(rows)
+            if torch.is_grad_enabled() and rows.requires_grad:
+                self._counter[part.replace("forward", "backward")] += len(rows)
+
+    def _hooked_split(self, layer: str) -> Split:
+        def head(inputs: Tensor) -> Features:
+            return Features(self.features(inputs, [layer])[layer], (inputs,))
+
+        def tail(features: Features | Tensor) -> Tensor:
+            if not isinstance(features, Features):
+                raise TypeError("this network cannot be cut: give tail the Features that head returned")
+            self._count("tail forward", features.values)
+            with _hooks(self._network, {layer: lambda *_: features.values}):
+                return self._network(features.bypass[0])
+
+        return Split(head, tail)
+
+    def _unknown_layer(self, name: str) -> str:
+        folded = self._trace.folded if self._trace is not None else {}
+        if name in folded:
+            return f"{self.name}: '{name}' is folded into the batch norm that follows it; take '{folded[name]}'."
+        return f"{self.name} has no layer '{name}'. {nearest(name, [*self.layers, *self.roles], most=5)}"
+
+
+def freeze(
+    network: nn.Module,
+    input_shape: tuple[int, int, int] = (3, 224, 224),
+    layers: Mapping[str, str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    name: str = "network",
+    random_weights: bool = False,
+    max_passes: int = 256,
+) -> Backbone:
+    """A backbone from any module that maps pictures [B, C, H, W] to outputs [B, K].
+
+    network: copied, put in eval mode, frozen; the original is left as it is.
+    input_shape: (C, H, W) of its inputs; left out of account when `preprocessing` is given.
+    layers: role -> layer name, for methods that ask by role. Raises UserError when a layer does not exist or a
+    weight is not finite.
+    """
+    for path, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"The weights of {name} are not finite: {path} holds NaN or infinity.")
+    if preprocessing is None:
+        channels, height, _ = input_shape
+        preprocessing = Preprocessing(resize=height, crop=height, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return Backbone(network, preprocessing, layers or {}, name, random_weights, max_passes)
+
+
+def _channels_last(inputs: Tensor) -> Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+
+def _whole_rows(values: Tensor) -> Tensor:
+    """Rows padded to a multiple of `_ROWS` by repeating the last one.
+
+    Matrix products treat the rows left over from their tile with another kernel, whose rounding an optimised mask
+    amplifies a thousand times; with whole tiles a picture's result does not depend on how many it runs with.
+    """
+    missing = -len(values) % _ROWS
+    return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing else values
+
+
+def _weights_digest(network: nn.Module) -> str:
+    hasher = hashlib.sha256(type(network).__qualname__.encode())
+    for path, tensor in network.state_dict().items():
+        hasher.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()[:16]
+
+
+def _layer_shapes(network: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
+    seen: dict[str, Tensor] = {}
+    names = [name for name, _ in network.named_modules() if name]
+    with torch.no_grad(), _hooks(network, {name: _keep(seen, name) for name in names}):
+        network(example)
+    return {name: tuple(seen[name].shape[1:]) for name in names if name in seen}
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            seen[name] = output
+
+    return hook
+
+
+@contextmanager
+def _hooks(network: nn.Module, hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Forward hooks by module name, gone when the block is left, however it is left."""
+    modules = dict(network.named_modules())
+    handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,84 @@
+"""What determines a result, and what is written down about how it came to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ibxai.backbones import Backbone
+from ibxai.datasets.loading import sample_table_digest
+from ibxai.store import MetricKey
+from ibxai.types import Method, Metric, Sample
+
+if TYPE_CHECKING:
+    from ibxai.pipeline import Plan
+
+NUMERIC_MODE = "float32"
+_PACKAGES = ("ibxai", "torch", "torchvision", "timm", "hydra-core", "numpy")
+
+
+def identify(plan: Plan, samples: Sequence[Sample], backbone: Backbone) -> dict[str, Any]:
+    """All that changes a heatmap, and nothing else: where files lie, the device and sizes of work stay out."""
+    identity = {
+        "dataset": {"name": plan.dataset.name, "samples": sample_table_digest(samples)},
+        "backbone": {"name": backbone.name, "weights": backbone.digest},
+        "preprocessing": dataclasses.asdict(backbone.preprocessing),
+        "method": _described(plan.method),
+        "target": _described(plan.target),
+        "seed": plan.seed,
+        "numeric": NUMERIC_MODE,
+    }
+    if uses_reference(plan.method):
+        identity["reference"] = sample_table_digest(plan.dataset.reference())
+    return identity
+
+
+def uses_reference(method: Method) -> bool:
+    """Whether the reference split changes the method's heatmaps."""
+    return getattr(method, "uses_reference", True)
+
+
+def metric_key(name: str, metric: Metric) -> MetricKey:
+    """What determines a metric's scores, given the heatmaps; with the direction in which they improve."""
+    settings = _described(metric)
+    if hasattr(metric, "higher_is_better"):
+        settings["higher_is_better"] = metric.higher_is_better
+    return MetricKey(name, settings)
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """A part's class, version and settings, defaults included."""
+    kind = f"{type(part).__module__}.{type(part).__qualname__}"
+    return {"class": kind, "version": getattr(part, "version", 1), **dataclasses.asdict(part)}
+
+
+def provenance(plan: Plan, backbone: Backbone, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run at its start: command, parts, versions, device, and what a reader must be told."""
+    gpu = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else ""
+    notes = []
+    if backbone.random_weights:
+        notes.append("Random weights: the network is untrained, and its explanations mean nothing.")
+    return {
+        "command": plan.command,
+        "dataset": plan.dataset.name,
+        "backbone": backbone.name,
+        "weights": "random weights" if backbone.random_weights else f"sha256 {backbone.digest}",
+        "method": plan.method_name,
+        "reference": plan.dataset.reference_note if uses_reference(plan.method) else None,
+        "identity": identity,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "device": f"{backbone.device}, {gpu or f'{platform.machine()}, {torch.get_num_threads()} threads'}",
+        "notes": notes,
+        "started": now(),
+        "finished": None,
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

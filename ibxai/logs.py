@@ -1,0 +1,60 @@
+"""A run's log: to the terminal while it runs, to `run.log` for later, its warnings to the report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ibxai.store import explained_os_errors
+
+_LOGGER = logging.getLogger("ibxai")
+
+
+class _Keep(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "sample", None) is None:  # single samples are listed in skipped.csv
+            self.messages.append(record.getMessage())
+
+
+@contextmanager
+def run_log() -> Iterator[_Keep]:
+    """Show the package's messages on stderr, and keep its warnings, as long as the block runs."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("%(message)s"))
+    kept = _Keep()
+    level, propagates = _LOGGER.level, _LOGGER.propagate
+    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.addHandler(shown)
+    _LOGGER.addHandler(kept)
+    _LOGGER.propagate = False
+    try:
+        with logging_redirect_tqdm([_LOGGER]):
+            yield kept
+    finally:
+        _LOGGER.removeHandler(shown)
+        _LOGGER.removeHandler(kept)
+        _LOGGER.setLevel(level)
+        _LOGGER.propagate = propagates
+
+
+@contextmanager
+def also_to_file(path: Path) -> Iterator[None]:
+    """Write the messages to a file too, behind those of earlier runs."""
+    with explained_os_errors(path):
+        file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOGGER.addHandler(file)
+    try:
+        yield
+    finally:
+        _LOGGER.removeHandler(file)
+        file.close()

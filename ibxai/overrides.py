@@ -1,0 +1,161 @@
+"""What may stand behind `ibxai run`, and what Hydra's errors about it mean in a person's words.
+
+Some of what Hydra would accept is refused before it composes anything: what would import or call a thing of the
+user's choosing (`_target_`, callbacks), what would litter, and what would be taken for something else in silence.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import MarkedYAMLError, YAMLError
+
+from ibxai.catalogue import GROUPS, Catalogue
+from ibxai.config import RunConfig, expected
+from ibxai.errors import UserError, nearest
+
+# of Hydra's own settings: who runs the jobs of a sweep, and where such a launcher keeps its files
+_HYDRA_ALLOWED = re.compile(r"hydra/(launcher|sweeper)|hydra\.(launcher|sweeper)\.\w[\w.]*|hydra\.sweep\.dir")
+
+
+def check(overrides: Sequence[str], multirun: bool) -> None:
+    """Raise UserError for what must not reach Hydra. Nothing is composed or imported."""
+    for text in overrides:
+        _check_text(text)
+        override = _parse(text)
+        if override.is_sweep_override() and not multirun:
+            key = override.get_key_element()
+            listed = f", or {key}=[...] to give one list" if key == "metric" or "." in key else ""
+            raise UserError(f"{text} gives several values: add -m to run them one after the other{listed}.")
+        _check_override(override, text)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!a} holds bytes that are no text in UTF-8.") from error
+    if text.startswith("-"):
+        raise UserError(f"There is no option {text.partition('=')[0]!r}. `ibxai run --help` lists the options.")
+    if "_target_" in text:
+        raise UserError(
+            f"{text}: which class runs is not set on the command line.\n"
+            "Write a YAML for it and give its folder: --config-dir DIR."
+        )
+
+
+def _check_override(override: Override, text: str) -> None:
+    key = override.key_or_group
+    if not key:
+        raise UserError(f"{text}: a name is missing before the '='.")
+    if override.package is not None:
+        raise UserError(f"{text}: '@' is of no use here; groups stand where they are.")
+    if key == "hydra" or override.is_hydra_override():
+        if not _HYDRA_ALLOWED.fullmatch(key):
+            raise UserError(f"{text}: ibxai sets Hydra up itself; hydra/launcher and hydra.launcher.* can be given.")
+        return
+    if override.is_delete() and not key.startswith("metric."):
+        raise UserError(f"{text}: this cannot be taken away. metric=[] runs without metrics.")
+    if key in GROUPS:
+        _check_choice(override, text)
+
+
+def _check_choice(override: Override, text: str) -> None:
+    """A group is chosen by name; Hydra would merge two methods in silence, or fail without a word on null."""
+    group = override.key_or_group
+    if override.is_add() or override.is_force_add():
+        raise UserError(f"{text}: choose without '+': {group}=NAME.")
+    if override.is_sweep_override():
+        if override.value_type is ValueType.CHOICE_SWEEP or override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
+            for choice in override.sweep_string_iterator():
+                _check_choice(_parse(f"{group}={choice}"), text)
+        return
+    value = override.value()
+    if isinstance(value, list) and group != "metric":
+        listed = ",".join(str(v) for v in value) or "NAME"
+        raise UserError(f"{text}: {group} takes one name. To run several, one after the other: -m {group}={listed}")
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        example = "metric=[insertion,deletion], or metric=[] for none" if group == "metric" else f"{group}=NAME"
+        raise UserError(f"{text}: a name is expected, {example}. `ibxai list {group}` shows all.")
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([text])[0]
+    except OverrideParseException as error:
+        raise UserError(_parse_error(text)) from error
+
+
+def _parse_error(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text!r} is no setting: name=value is expected."
+    if not re.fullmatch(r"[+~]{0,2}[\w./@-]+", key, re.ASCII) or key.endswith("."):
+        return f"{text!r}: {key!r} is no name of a setting; name=value is expected, without blanks around the '='."
+    if value[:1] in ("[", "{", "'", '"'):
+        reason, advice = "is a quote or a bracket left open?", "On the shell, quote all of it: 'name=[a,b]'."
+    else:
+        quoted = key + '="' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        reason, advice = "some characters have a meaning of their own.", f"Quote the value: {shlex.quote(quoted)}"
+    return f"{text!r} cannot be read: {reason}\n{advice}"
+
+
+def explained(error: Exception, catalogue: Catalogue) -> UserError | None:
+    """What an error of Hydra's composing says to a user; None when it is no user's mistake."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return UserError(_unknown_option(error.missing_cfg_file, catalogue))
+    # Hydra chains what OmegaConf said, openly or, for a file's content, only as the context
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(error, HydraException | OmegaConfBaseException) and isinstance(cause, OmegaConfBaseException):
+        return UserError(_config_error(cause, str(error)))
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}.")
+    if isinstance(error, HydraException | YAMLError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return UserError("\n".join(lines[:2]))
+    return None
+
+
+def _unknown_option(path: str, catalogue: Catalogue) -> str:
+    group, _, name = path.rpartition("/")
+    if group not in catalogue:
+        return f"There is no {group} {name!r}: is its Hydra plugin installed?"
+    return f"There is no {group} {name!r}. {nearest(name, catalogue[group])}"
+
+
+def _config_error(cause: OmegaConfBaseException, message: str) -> str:
+    key = cause.full_key or ""
+    file = re.match(r"In '(.*?)':", message)
+    where = f"{file[1]}.yaml: " if file else ""
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return where + _unknown_key(key, cause)
+    given = re.match(r"Error merging override \+*(.*)", message)
+    if isinstance(cause, ValidationError) and key in RunConfig.__dataclass_fields__:
+        return f"{where}{given[1] if given else key}: {expected(get_type_hints(RunConfig)[key])} is expected."
+    reason = str(cause).splitlines()[0]
+    if reason.startswith("Cannot merge"):
+        reason = "settings are expected here, like {name: value}."
+    return f"{where}{given[1] if given else key}: {reason}"
+
+
+def _unknown_key(key: str, cause: OmegaConfBaseException) -> str:
+    group, _, rest = key.partition(".")
+    if not rest:
+        if group == "experiment":  # the group has no YAML at all, so Hydra takes the word for a setting
+            return "There is no experiment of this name. There are none."
+        return f"There is no setting {key!r}. {nearest(key, [*RunConfig.__dataclass_fields__, 'experiment'])}"
+    parent = cause.parent_node
+    siblings = [str(k) for k in parent if k not in ("_target_", "name")] if hasattr(parent, "keys") else []
+    owner = parent.get("name", group) if hasattr(parent, "keys") else key.rpartition(".")[0]
+    return f"{key} is not a setting of {owner}. {nearest(key.rpartition('.')[2], siblings)}"

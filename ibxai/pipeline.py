@@ -1,0 +1,130 @@
+"""The way the data goes, on one page: dataset -> backbone -> method.fit -> heatmaps -> scores -> tables -> report.
+
+`run` takes a `Plan`, in which nothing of Hydra is left. What a run has finished is in its folder (`store.py`), so a
+run starts by looking there and does the rest: the same plan twice does nothing the second time, a killed run goes on,
+and a new metric reuses the heatmaps that are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from omegaconf import OmegaConf
+
+from ibxai.backbones import Backbone
+from ibxai.identity import NUMERIC_MODE, identify, metric_key, now, provenance
+from ibxai.logs import also_to_file, run_log
+from ibxai.report import write_report
+from ibxai.store import RunStore, digest
+from ibxai.targets import TargetSpec
+from ibxai.types import Dataset, Method, Metric, Sample
+from ibxai.work import Left, Worker, all_rows
+
+log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = {"cpu": 40, "cuda": 512}  # a CPU is fastest while the activations stay in its cache
+
+
+class BackboneSpec(Protocol):
+    """A network by name, not yet loaded; a frozen dataclass filled from its YAML."""
+
+    @property
+    def name(self) -> str: ...
+    def load(self, max_passes: int) -> Backbone: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, all of it. The parts are built; `settings` are the plain values they were built from, for the record.
+
+    limit: only the first N samples. pictures: rows kept with their picture for the report. max_passes: network rows
+    at once, None for what suits the device.
+    """
+
+    dataset: Dataset
+    backbone: BackboneSpec
+    method: Method
+    method_name: str
+    metrics: Mapping[str, Metric]
+    target: TargetSpec
+    settings: Mapping[str, Any]
+    seed: int
+    device: str
+    batch_size: int
+    max_passes: int | None
+    workers: int
+    limit: int | None
+    pictures: int
+    outputs: Path
+    command: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run. rows: those asked for, skipped ones left out; new_*: heatmaps and score rows made now."""
+
+    folder: Path
+    report: Path
+    rows: int
+    new_heatmaps: int
+    new_scores: int
+    skipped: Mapping[str, str]
+
+
+def run(plan: Plan) -> Outcome:
+    """Do what is left of a plan. Raises UserError for what a user can put right."""
+    started = time.perf_counter()
+    with run_log() as warnings:
+        samples = plan.dataset.samples()
+        device = torch.device(plan.device)
+        backbone = plan.backbone.load(plan.max_passes or ROWS_AT_ONCE[device.type]).to(device)
+        identity = identify(plan, samples, backbone)
+        store = RunStore(plan.outputs / plan.dataset.name / backbone.name / plan.method_name / digest(identity))
+        report = store.path / "report.html"
+        left = what_is_left(plan, samples[: plan.limit], store)
+        if not left.rows and report.exists():
+            return Outcome(store.path, report, left.wanted, 0, 0, {})
+        record = provenance(plan, backbone, identity)
+        store.begin(OmegaConf.to_yaml(plan.settings), record, _class_names(plan, backbone), all_rows(plan, samples))
+        with also_to_file(store.path / "run.log"), backbone.counting() as passes:
+            _announce(plan, backbone, left)
+            worker = Worker(plan, backbone, store, left)
+            skipped = worker.work_off(samples[: plan.limit])
+        record["notes"] += warnings.messages
+        record |= {"passes": dict(passes), "seconds": round(time.perf_counter() - started, 1), "finished": now()}
+        store.write_provenance(record)
+        report = write_report(store)
+    rows = left.wanted - len(skipped) * len(plan.target.names())
+    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped)
+
+
+def what_is_left(plan: Plan, samples: Sequence[Sample], store: RunStore) -> Left:
+    """What these samples' rows still lack: a heatmap, or the scores of a metric (a new heatmap needs all of them)."""
+    wanted = {row.row_id for row in all_rows(plan, samples)}
+    keys = {name: metric_key(name, metric) for name, metric in plan.metrics.items()}
+    heatmaps = wanted - store.finished(wanted)
+    scores = {name: (wanted - store.read_scores(key).keys()) | heatmaps for name, key in keys.items()}
+    return Left(len(wanted), keys, heatmaps, scores)
+
+
+def _announce(plan: Plan, backbone: Backbone, left: Left) -> None:
+    log.info("%s", plan.command)
+    log.info(
+        "%s on %s, %s, batch size %d, %d network rows at once",
+        *(backbone.name, backbone.device, NUMERIC_MODE, plan.batch_size, backbone.max_passes),
+    )
+    log.info("%d rows: %d done, %d left", left.wanted, left.wanted - len(left.rows), len(left.rows))
+
+
+def _class_names(plan: Plan, backbone: Backbone) -> Sequence[str] | None:
+    names = plan.dataset.class_names
+    if names is not None and len(names) != backbone.outputs:
+        log.warning("the network has %d outputs, the dataset %d classes: shown by number", backbone.outputs, len(names))
+        return None
+    return names

@@ -1,0 +1,123 @@
+"""One card a shown sample: its picture, its heatmap, what was explained, and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ibxai.report.curves import Chart, CurveSet
+from ibxai.report.figures import Scale, map_picture, overlay, scale_of, write_overlay
+from ibxai.report.render import ends, image_uri
+from ibxai.report.tables import MetricScores
+from ibxai.store import DamagedFile, Row, RunStore, StoredHeatmap
+
+MOST_CARDS = 24
+_MOST_PIXELS_SHOWN = 384  # longer side on the page; overlays/*.png keep the full size
+_UNITS = {"bits": "bits/pixel", "score": "score", "relevance": "relevance", "mask": "mask, 1 = keep"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card shows. Pictures are data URIs; minimum, maximum and total are of the raw map's finite pixels."""
+
+    row: Row
+    picture: str
+    overlay: str
+    map: str
+    scale: Scale
+    ends: tuple[str, str]
+    unit: str
+    minimum: float
+    maximum: float
+    total: float | None  # bits alone add up to something: the capacity
+    undefined_pixels: int
+    target: str
+    target_probability: float
+    prediction: str
+    prediction_probability: float
+    explains_prediction: bool
+    label: str | None
+    misclassified: bool
+    charts: list[Chart]
+    values: list[tuple[str, float]]
+    diagnostics: list[tuple[str, float]]
+
+
+def make_cards(store: RunStore, scores: Sequence[MetricScores], curves: Sequence[CurveSet]) -> list[Card]:
+    """Cards of the first rows that have a picture and a heatmap, at most 24; writes their overlays/*.png too."""
+    names, rows = store.class_names(), store.rows()
+    finished = store.finished(row.row_id for row in rows)
+    cards: list[Card] = []
+    for row in rows:
+        if len(cards) == MOST_CARDS:
+            break
+        if row.row_id not in finished:
+            continue
+        try:
+            picture = store.read_picture(row.row_id)
+            if picture is not None:
+                cards.append(_card(store, row, picture, store.read_heatmap(row.row_id), names, scores, curves))
+        except (DamagedFile, UnidentifiedImageError, OSError):
+            continue  # the next run makes the file again
+    return cards
+
+
+def _card(
+    store: RunStore,
+    row: Row,
+    picture: np.ndarray,
+    stored: StoredHeatmap,
+    names: list[str] | None,
+    scores: Sequence[MetricScores],
+    curves: Sequence[CurveSet],
+) -> Card:
+    heat = overlay(picture, stored.heatmap)
+    write_overlay(store, row.row_id, heat)
+    scale = scale_of(stored.heatmap)
+    finite = stored.heatmap[np.isfinite(stored.heatmap)].astype(np.float64)
+    return Card(
+        row=row,
+        picture=image_uri(_shown(picture), "jpeg"),
+        overlay=image_uri(_shown(heat), "jpeg"),
+        map=image_uri(_shown(map_picture(stored.heatmap)), "png"),
+        scale=scale,
+        ends=ends(scale.low, scale.high),
+        unit=_UNITS.get(stored.unit, stored.unit),
+        minimum=float(finite.min()) if finite.size else np.nan,
+        maximum=float(finite.max()) if finite.size else np.nan,
+        total=float(finite.sum()) if stored.unit == "bits" and finite.size else None,
+        undefined_pixels=stored.heatmap.size - finite.size,
+        target=class_name(stored.target, names),
+        target_probability=stored.target_probability,
+        prediction=class_name(stored.prediction, names),
+        prediction_probability=stored.prediction_probability,
+        explains_prediction=stored.target == stored.prediction,
+        label=None if row.label is None else class_name(row.label, names),
+        misclassified=row.label is not None and row.label != stored.prediction,
+        charts=[chart for curve_set in curves if (chart := curve_set.row_chart(row)) is not None],
+        values=_values_of(row, scores),
+        diagnostics=[(name, float(value)) for name, value in stored.diagnostics.items() if np.ndim(value) == 0],
+    )
+
+
+def class_name(index: int, names: list[str] | None) -> str:
+    return names[index] if names and 0 <= index < len(names) else f"class {index}"
+
+
+def _values_of(row: Row, scores: Sequence[MetricScores]) -> list[tuple[str, float]]:
+    return [
+        (metric.value_label(name), float(values[metric.place[row.row_id]]))
+        for metric in scores
+        if row.row_id in metric.place
+        for name, values in metric.values.items()
+    ]
+
+
+def _shown(pixels: np.ndarray) -> np.ndarray:
+    """The picture at the size of the page."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_MOST_PIXELS_SHOWN, _MOST_PIXELS_SHOWN), Image.Resampling.LANCZOS)
+    return np.asarray(image)

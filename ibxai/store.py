@@ -1,0 +1,319 @@
+"""What a run leaves on disk: its folder, its identity, atomic writes, and what is finished.
+
+    <outputs>/<dataset>/<backbone>/<method>/<identity>/
+        config.yaml provenance.json classes.json samples.csv skipped.csv run.log
+        heatmaps/<row>.npz              raw map, unit, target, prediction, diagnostics
+        pictures/<row>.png              what the network saw, of the first rows, for the report
+        overlays/<row>.png              the same with the heat over it; metrics.csv summary.csv report.html: by `report`
+        scores/<metric>-<hash>/         settings.json, and one <batch>.npz a batch, keyed by row inside
+
+A row is finished when its heatmap file exists, scored when a score file names it: there is no other record of
+progress, so nothing can disagree. Every file is written under a temporary name, synced and renamed. `samples.csv`
+lists all rows of the dataset, in order, whatever part of them has been computed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ibxai.errors import UserError
+
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+_STALE_SECONDS = 3600
+_DIAGNOSTIC = "diagnostic."
+
+
+class DamagedFile(Exception):
+    """A stored file cannot be read (cut short, or not ours): recompute it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of samples.csv. row_id is "<sample_id>@<target>"; label is None where the dataset gives none."""
+
+    row_id: str
+    sample_id: str
+    target: str
+    group_id: str
+    label: int | None
+
+
+@dataclass(frozen=True)
+class StoredHeatmap:
+    """A finished row. heatmap: float32 [H, W], raw; target and prediction are class indices."""
+
+    row_id: str
+    heatmap: np.ndarray
+    unit: str
+    target: int
+    target_probability: float
+    prediction: int
+    prediction_probability: float
+    diagnostics: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MetricKey:
+    """A metric as it is stored: its name, and its settings (JSON-able, version included), which name its folder."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{digest(self.settings)}"
+
+
+def digest(content: Any) -> str:
+    """12 hexadecimal digits that stand for a JSON-able value."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def safe_name(identifier: str) -> str:
+    """A file name for any id: inside its folder, distinct on every file system, readable where possible.
+
+    Ids with anything but lower-case letters, digits, ".", "_" and "-" keep a readable part and gain a hash, so
+    that "../../x", 300 characters, or two ids that differ in case alone cannot meet.
+    """
+    if _PLAIN_NAME.fullmatch(identifier) and ".." not in identifier:
+        return identifier
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", identifier).strip("-")[:80]
+    return f"{readable}-{hashlib.sha256(identifier.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of it or nothing, also when the power goes. Raises UserError when the disk or the folder refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn "disk full", "read-only" and the like into a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}.\n"
+            "Free some space or choose another place with outputs=/some/folder; what is finished is kept."
+        ) from error
+
+
+class RunStore:
+    """One run folder. Reading needs nothing but the folder; nothing is created before the first write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    # the run itself
+
+    def begin(
+        self, config: str, provenance: Mapping[str, Any], classes: Sequence[str] | None, rows: Sequence[Row]
+    ) -> None:
+        """Write what describes the run, and clear away what a killed process left half-written."""
+        self._clear_stale_files()
+        self.write_text("config.yaml", config)
+        self.write_provenance(provenance)
+        self.write_text("classes.json", json.dumps(list(classes) if classes else None, ensure_ascii=False))
+        if not (self.path / "samples.csv").exists():
+            lines = [(r.row_id, r.sample_id, r.target, r.group_id, "" if r.label is None else r.label) for r in rows]
+            self._write_csv("samples.csv", ("row", "sample", "target", "group", "label"), lines)
+
+    def write_provenance(self, provenance: Mapping[str, Any]) -> None:
+        self.write_text("provenance.json", json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
+
+    def provenance(self) -> dict[str, Any]:
+        return json.loads(self._read_text("provenance.json"))
+
+    def config(self) -> str:
+        return self._read_text("config.yaml")
+
+    def class_names(self) -> list[str] | None:
+        return json.loads(self._read_text("classes.json"))
+
+    def rows(self) -> list[Row]:
+        """All rows of the dataset, in its order."""
+        lines = csv.DictReader(io.StringIO(self._read_text("samples.csv")))
+        return [
+            Row(r["row"], r["sample"], r["target"], r["group"], int(r["label"]) if r["label"] else None) for r in lines
+        ]
+
+    def write_skipped(self, reasons: Mapping[str, str]) -> None:
+        """sample id -> why it could not be used, of the latest run over these samples."""
+        self._write_csv("skipped.csv", ("sample", "reason"), list(reasons.items()))
+
+    def skipped(self) -> dict[str, str]:
+        if not (self.path / "skipped.csv").exists():
+            return {}
+        return {r["sample"]: r["reason"] for r in csv.DictReader(io.StringIO(self._read_text("skipped.csv")))}
+
+    # heatmaps
+
+    def write_heatmap(self, stored: StoredHeatmap) -> None:
+        arrays: dict[str, Any] = {
+            "row": stored.row_id,
+            "heatmap": stored.heatmap.astype(np.float32),
+            "unit": stored.unit,
+            "target": stored.target,
+            "target_probability": stored.target_probability,
+            "prediction": stored.prediction,
+            "prediction_probability": stored.prediction_probability,
+        }
+        arrays |= {_DIAGNOSTIC + name: value for name, value in stored.diagnostics.items()}
+        self._write_npz(self._heatmap_path(stored.row_id), arrays)
+
+    def read_heatmap(self, row_id: str) -> StoredHeatmap:
+        """Raises DamagedFile when the file is absent, cut short or another row's."""
+        arrays = _read_npz(self._heatmap_path(row_id))
+        try:
+            if str(arrays["row"]) != row_id:
+                raise DamagedFile(f"{self._heatmap_path(row_id)} holds the row {arrays['row']}")
+            return StoredHeatmap(
+                row_id=row_id,
+                heatmap=arrays["heatmap"],
+                unit=str(arrays["unit"]),
+                target=int(arrays["target"]),
+                target_probability=float(arrays["target_probability"]),
+                prediction=int(arrays["prediction"]),
+                prediction_probability=float(arrays["prediction_probability"]),
+                diagnostics={n.removeprefix(_DIAGNOSTIC): v for n, v in arrays.items() if n.startswith(_DIAGNOSTIC)},
+            )
+        except KeyError as error:
+            raise DamagedFile(f"{self._heatmap_path(row_id)} has no entry {error}") from error
+
+    def finished(self, row_ids: Iterable[str]) -> set[str]:
+        """Those of the rows whose heatmap is there."""
+        present = _names_in(self.path / "heatmaps")
+        return {row_id for row_id in row_ids if safe_name(row_id) + ".npz" in present}
+
+    def forget_heatmap(self, row_id: str) -> None:
+        self._heatmap_path(row_id).unlink(missing_ok=True)
+
+    # scores
+
+    def write_scores(self, metric: MetricKey, row_ids: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
+        """One batch: values [B] and curves [B, S], row by row in the order of row_ids."""
+        folder = self.path / "scores" / metric.folder
+        if not (folder / "settings.json").exists():
+            settings = json.dumps({"metric": metric.name, "settings": metric.settings}, indent=2)
+            write_atomically(folder / "settings.json", settings.encode())
+        name = hashlib.sha256("\0".join(row_ids).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self._write_npz(folder / f"{name}.npz", {"row": np.array(row_ids), **values})
+
+    def metrics(self) -> list[MetricKey]:
+        """The metrics that have scores here, by name. Raises DamagedFile."""
+        found = []
+        for path in sorted((self.path / "scores").glob("*/settings.json")):
+            try:
+                described = json.loads(path.read_bytes())
+                found.append(MetricKey(described["metric"], described["settings"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DamagedFile(f"{path}: {error}") from error
+        return found
+
+    def read_scores(self, metric: MetricKey) -> dict[str, dict[str, np.ndarray]]:
+        """row id -> {name: value or curve [S]}. A damaged file is removed: its rows count as not scored."""
+        scores: dict[str, dict[str, np.ndarray]] = {}
+        for path in sorted((self.path / "scores" / metric.folder).glob("*.npz")):
+            try:
+                arrays = _read_npz(path)
+                row_ids = arrays.pop("row").tolist()
+            except (DamagedFile, KeyError):
+                path.unlink(missing_ok=True)
+                continue
+            for place, row_id in enumerate(row_ids):
+                scores[row_id] = {name: array[place] for name, array in arrays.items()}
+        return scores
+
+    # pictures for people
+
+    def write_picture(self, row_id: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 [H, W, 3], what the network saw."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        write_atomically(self._picture_path(row_id), buffer.getvalue())
+
+    def read_picture(self, row_id: str) -> np.ndarray | None:
+        """uint8 [H, W, 3], or None when none was kept. Raises DamagedFile."""
+        path = self._picture_path(row_id)
+        try:
+            return np.asarray(Image.open(path).convert("RGB"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedFile(f"{path}: {error}") from error
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
+
+    # inside
+
+    def _heatmap_path(self, row_id: str) -> Path:
+        return self.path / "heatmaps" / f"{safe_name(row_id)}.npz"
+
+    def _picture_path(self, row_id: str) -> Path:
+        return self.path / "pictures" / f"{safe_name(row_id)}.png"
+
+    def _read_text(self, name: str) -> str:
+        return (self.path / name).read_bytes().decode("utf-8", "surrogateescape")
+
+    def _write_csv(self, name: str, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
+        self.write_text(name, buffer.getvalue())
+
+    @staticmethod
+    def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_atomically(path, buffer.getvalue())
+
+    def _clear_stale_files(self) -> None:
+        for path in self.path.glob("**/.*.tmp"):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedFile(f"{path}: {error}") from error
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return set()
+
+
+def find_runs(outputs: Path) -> list[RunStore]:
+    """All run folders under an outputs folder, in the order of their paths."""
+    return [RunStore(path.parent) for path in sorted(Path(outputs).glob("*/*/*/*/provenance.json"))]

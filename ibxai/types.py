@@ -1,0 +1,182 @@
+"""What the parts hand to each other: samples, batches, targets, attributions, and the protocols they follow.
+
+The way the data goes is in `pipeline.py`; these are the things that travel on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ibxai.backbones import Backbone
+
+Unit = Literal["bits", "score", "relevance", "mask"]
+ScoreKind = Literal["probability", "logit", "value"]
+SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of a dataset's table: what is known before any pixel is read.
+
+    sample_id: unique in its dataset, stable between machines (it names files and seeds random draws).
+    group_id: patient, study or the sample itself; splits and bootstrap intervals resample groups.
+    source: the file its pixels come from, and `size` the file's bytes (0 when it is not known).
+    label: class index, or None where the dataset gives none.
+    """
+
+    sample_id: str
+    group_id: str
+    source: Path
+    size: int
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded sample, before the network's preprocessing.
+
+    regions: named boolean planes [R, H, W] at the picture's own size; a name is absent when nothing was annotated.
+    """
+
+    image: Image.Image
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Dataset(Protocol):
+    """A dataset in its official on-disk layout. Implementations are frozen dataclasses; every field is in its YAML.
+
+    `samples` and `reference` raise `UserError` when the layout is not there; `read` raises `BadSample`.
+    `reference` is the split that feature statistics are estimated on; `reference_note` says what it is.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> Sequence[str] | None: ...
+    @property
+    def reference_note(self) -> str: ...
+    def samples(self) -> Sequence[Sample]: ...
+    def reference(self) -> Sequence[Sample]: ...
+    def read(self, sample: Sample) -> Picture: ...
+
+
+class Target(Protocol):
+    """What is explained: one output a row, its score for a person and its loss for an optimiser."""
+
+    def bind(self, out: Tensor) -> Target:
+        """Fix "predicted" and the reference output, once, on the unmasked output [B, K] of the original network."""
+        ...
+
+    def score(self, out: Tensor, kind: ScoreKind) -> Tensor:
+        """[B]: the explained output as a probability, a logit or a value."""
+        ...
+
+    def loss(self, out: Tensor) -> Tensor:
+        """[B]: what a bottleneck minimises, in nats or squared error, one a row."""
+        ...
+
+    def take(self, rows: Tensor) -> Target: ...
+    def to(self, device: torch.device) -> Target: ...
+    def describe(self) -> Sequence[int]:
+        """The explained output's index, one a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that run together. A row is a (sample, target); its id in a run is "<sample>@<target>".
+
+    inputs: pictures [B, C, H, W] after normalisation.
+    regions: "target" bool [B, R, H, W] (one plane a box or lesion, padded with empty planes); absent = not annotated.
+    """
+
+    inputs: Tensor
+    target: Target
+    sample_ids: tuple[str, ...]
+    group_ids: tuple[str, ...]
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def take(self, rows: Sequence[int] | Tensor) -> Batch:
+        """The rows at these positions, in this order; a position may come more than once. Targets go along."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.inputs.device)
+        places = index.tolist()
+        return Batch(
+            inputs=self.inputs[index],
+            target=self.target.take(index),
+            sample_ids=tuple(self.sample_ids[i] for i in places),
+            group_ids=tuple(self.group_ids[i] for i in places),
+            regions={name: plane[index] for name, plane in self.regions.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        device = torch.device(device)
+        return Batch(
+            inputs=self.inputs.to(device),
+            target=self.target.to(device),
+            sample_ids=self.sample_ids,
+            group_ids=self.group_ids,
+            regions={name: plane.to(device) for name, plane in self.regions.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Heatmaps of a batch, raw: never cut to 8 bit, never scaled to 0..1. Higher = stronger evidence for the target.
+
+    heatmap: float32 [B, H, W] at the input's size.
+    unit: "bits" are bits a pixel (the sum over the picture is the capacity of the bottleneck).
+    diagnostics: [B] each (final loss, capacity, network passes ...), or [B, steps] for a curve.
+    """
+
+    heatmap: Tensor
+    unit: Unit
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: Sequence[int] | Tensor) -> Attribution:
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.heatmap.device)
+        chosen = {name: value[index.to(value.device)] for name, value in self.diagnostics.items()}
+        return Attribution(self.heatmap[index], self.unit, chosen)
+
+
+Attributor = Callable[[Batch], Attribution]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An attribution method: a frozen dataclass of hyper-parameters, every one in its YAML with its source.
+
+    Two class attributes: `version` goes into the identity of a run (raise it when the heatmap of the same settings
+    changes), `uses_reference` (True when absent) says whether the reference split matters. `fit` estimates whatever
+    the method needs from the reference batches, in a bottleneck's case feature statistics, and returns the function
+    that makes heatmaps.
+    """
+
+    def fit(
+        self,
+        backbone: Backbone,
+        reference: Iterable[Batch],
+        seed: int,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Attributor: ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A judgement of finished heatmaps, one value a row. Implementations are frozen dataclasses with a `version`.
+
+    Returns [B] tensors, each a value for the tables, and [B, S] tensors, curves for the report. A curve named
+    "curve" has its abscissa under "fraction".
+    """
+
+    def __call__(self, backbone: Backbone, batch: Batch, attribution: Attribution) -> Mapping[str, Tensor]: ...

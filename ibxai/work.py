@@ -1,0 +1,166 @@
+"""The middle of the pipeline: what a run still lacks, worked off batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ibxai.backbones import Backbone
+from ibxai.datasets.loading import Loaded, load_batches, reference_batches
+from ibxai.identity import uses_reference
+from ibxai.memory import with_backoff
+from ibxai.store import DamagedFile, MetricKey, Row, RunStore, StoredHeatmap
+from ibxai.types import Attribution, Attributor, Batch, Metric, Sample
+
+if TYPE_CHECKING:
+    from ibxai.pipeline import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Left:
+    """Rows that miss something. heatmaps: rows without one; scores: metric -> rows without a score."""
+
+    wanted: int
+    keys: Mapping[str, MetricKey]
+    heatmaps: set[str] = field(default_factory=set)
+    scores: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> set[str]:
+        return self.heatmaps.union(*self.scores.values())
+
+
+class Worker:
+    """Works off what is left, batch by batch; what a batch has made is on disk before the next one starts."""
+
+    def __init__(self, plan: Plan, backbone: Backbone, store: RunStore, left: Left) -> None:
+        self.plan, self.backbone, self.store, self.left = plan, backbone, store, left
+        self.new_heatmaps = self.new_scores = 0
+        self._attributor: Attributor | None = None
+
+    def work_off(self, samples: Sequence[Sample]) -> dict[str, str]:
+        """Returns the samples that could not be used: id -> reason."""
+        plan, names, rows = self.plan, self.plan.target.names(), self.left.rows
+        shown = {row.row_id for row in all_rows(plan, samples)[: plan.pictures]}
+        places = [(s, tuple(i for i, t in enumerate(names) if f"{s.sample_id}@{t}" in rows)) for s in samples]
+        work = [(sample, wanted) for sample, wanted in places if wanted]
+        skipped: dict[str, str] = {}
+        loaded = load_batches(
+            plan.dataset, work, plan.target, self.backbone.preprocessing, plan.batch_size, plan.workers
+        )
+        with tqdm(total=len(rows), unit="row", disable=None, desc=plan.method_name) as bar:
+            for piece in loaded:
+                for sample_id, reason in piece.skipped.items():
+                    log.warning("skipped %s: %s", sample_id, reason, extra={"sample": sample_id})
+                skipped |= piece.skipped
+                if piece.batch is not None:
+                    self._process(piece, shown)
+                    bar.update(len(piece.batch))
+        tried = {sample.sample_id for sample, _ in work}
+        before = self.store.skipped()
+        now = {sample_id: reason for sample_id, reason in before.items() if sample_id not in tried} | skipped
+        if now != before:
+            self.store.write_skipped(now)
+        return skipped
+
+    def _process(self, loaded: Loaded, shown: set[str]) -> None:
+        assert loaded.batch is not None
+        batch, row_ids = loaded.batch.to(self.backbone.device), loaded.row_ids
+        with torch.no_grad():
+            out = with_backoff(lambda: self.backbone(batch.inputs), self.backbone)
+        batch = dataclasses.replace(batch, target=batch.target.bind(out))
+        stored = self._stored(row_ids)
+        fresh = [place for place, row_id in enumerate(row_ids) if row_id not in stored]
+        if fresh:
+            made = self._attribute(batch.take(fresh), out[fresh], [row_ids[i] for i in fresh], shown)
+            stored |= {heatmap.row_id: heatmap for heatmap in made}
+        attribution = _as_attribution([stored[row_id] for row_id in row_ids], batch.inputs.device)
+        for name, metric in self.plan.metrics.items():
+            places = [i for i, row_id in enumerate(row_ids) if row_id in self.left.scores[name] or i in fresh]
+            if places:
+                self._score(name, metric, batch.take(places), attribution.take(places), [row_ids[i] for i in places])
+
+    def _stored(self, row_ids: Sequence[str]) -> dict[str, StoredHeatmap]:
+        found = {}
+        for row_id in row_ids:
+            if row_id not in self.left.heatmaps:
+                try:
+                    found[row_id] = self.store.read_heatmap(row_id)
+                except DamagedFile as error:
+                    log.warning("a stored heatmap is damaged and made again: %s", error)
+                    self.store.forget_heatmap(row_id)
+        return found
+
+    def _attribute(self, batch: Batch, out: Tensor, row_ids: Sequence[str], shown: set[str]) -> list[StoredHeatmap]:
+        if self._attributor is None:
+            self._attributor = with_backoff(self._fit, self.backbone)
+        attributor = self._attributor
+        attribution = with_backoff(lambda: attributor(batch), self.backbone)
+        made = _to_store(attribution, batch, out, row_ids)
+        pictures = self.backbone.preprocessing.picture_of(batch.inputs)
+        for place, heatmap in enumerate(made):
+            if heatmap.row_id in shown:  # before the heatmap, which says that the row is finished
+                self.store.write_picture(heatmap.row_id, pictures[place])
+            self.store.write_heatmap(heatmap)
+        self.new_heatmaps += len(made)
+        return made
+
+    def _fit(self) -> Attributor:
+        plan = self.plan
+        if uses_reference(plan.method):
+            log.info("reference split: %s", plan.dataset.reference_note)
+        reference = reference_batches(plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers)
+        attributor = plan.method.fit(self.backbone, reference, plan.seed)
+        for sample_id, reason in reference.skipped.items():
+            log.warning("left out of the reference split: %s: %s", sample_id, reason)
+        return attributor
+
+    def _score(self, name: str, metric: Metric, batch: Batch, attribution: Attribution, row_ids: Sequence[str]) -> None:
+        values = with_backoff(lambda: metric(self.backbone, batch, attribution), self.backbone)
+        self.store.write_scores(self.left.keys[name], row_ids, {k: v.cpu().numpy() for k, v in values.items()})
+        self.new_scores += len(row_ids)
+
+
+def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequence[str]) -> list[StoredHeatmap]:
+    probabilities = out.softmax(1)
+    prediction_probability, prediction = probabilities.max(1)
+    target_probability = batch.target.score(out, "probability")
+    heatmaps = attribution.heatmap.detach().cpu().numpy()
+    diagnostics = {name: value.detach().cpu().numpy() for name, value in attribution.diagnostics.items()}
+    return [
+        StoredHeatmap(
+            row_id=row_id,
+            heatmap=heatmaps[i],
+            unit=attribution.unit,
+            target=batch.target.describe()[i],
+            target_probability=float(target_probability[i]),
+            prediction=int(prediction[i]),
+            prediction_probability=float(prediction_probability[i]),
+            diagnostics={name: value[i] for name, value in diagnostics.items()},
+        )
+        for i, row_id in enumerate(row_ids)
+    ]
+
+
+def _as_attribution(stored: Sequence[StoredHeatmap], device: torch.device) -> Attribution:
+    heatmap = torch.from_numpy(np.stack([s.heatmap for s in stored])).to(device)
+    return Attribution(heatmap, stored[0].unit)  # type: ignore[arg-type]  # a unit was stored, a unit is read
+
+
+def all_rows(plan: Plan, samples: Sequence[Sample]) -> list[Row]:
+    """The rows of these samples, in order: one a target."""
+    return [
+        Row(f"{sample.sample_id}@{target}", sample.sample_id, target, sample.group_id, sample.label)
+        for sample in samples
+        for target in plan.target.names()
+    ]
