@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ibxai.errors import UserError
 from ibxai.store import explained_os_errors
 
 _LOGGER = logging.getLogger("ibxai")
 
 
 class _Keep(logging.Handler):
+    """told: called after each message that is kept."""
+
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
+        self.told: Callable[[], None] = lambda: None
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "sample", None) is None:  # single samples are listed in skipped.csv
             self.messages.append(record.getMessage())
+            self.told()
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk is told by the write of a result; logging itself would print a traceback for each message."""
 
 
 @contextmanager
@@ -48,13 +58,17 @@ def run_log() -> Iterator[_Keep]:
 
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
-    """Write the messages to a file too, behind those of earlier runs."""
+    """Write the messages to a file too, behind those of earlier runs, and the error that ends the block."""
     with explained_os_errors(path):
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _File(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _LOGGER.addHandler(file)
     try:
         yield
+    except Exception as error:
+        trace = None if isinstance(error, UserError) else (type(error), error, error.__traceback__)
+        file.handle(_LOGGER.makeRecord(_LOGGER.name, logging.ERROR, "", 0, "%s", (error,), trace))
+        raise
     finally:
         _LOGGER.removeHandler(file)
         file.close()

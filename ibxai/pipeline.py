@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +20,12 @@ import torch
 from omegaconf import OmegaConf
 
 from ibxai.backbones import Backbone
+from ibxai.errors import BadSample, UserError
 from ibxai.identity import NUMERIC_MODE, identify, metric_key, now, provenance
 from ibxai.logs import also_to_file, run_log
 from ibxai.report import write_report
 from ibxai.store import RunStore, digest
-from ibxai.targets import TargetSpec
+from ibxai.targets import ClassTarget, TargetSpec
 from ibxai.types import Dataset, Method, Metric, Sample
 from ibxai.work import Left, Worker, all_rows
 
@@ -82,26 +85,62 @@ def run(plan: Plan) -> Outcome:
     started = time.perf_counter()
     with run_log() as warnings:
         samples = plan.dataset.samples()
+        _check_rows(plan, samples)
         device = torch.device(plan.device)
         backbone = plan.backbone.load(plan.max_passes or ROWS_AT_ONCE[device.type]).to(device)
         identity = identify(plan, samples, backbone)
         store = RunStore(plan.outputs / plan.dataset.name / backbone.name / plan.method_name / digest(identity))
         report = store.path / "report.html"
         left = what_is_left(plan, samples[: plan.limit], store)
-        if not left.rows and report.exists():
+        if not left.rows and store.is_reported():
             return Outcome(store.path, report, left.wanted, 0, 0, {})
-        record = provenance(plan, backbone, identity)
-        store.begin(OmegaConf.to_yaml(plan.settings), record, _class_names(plan, backbone), all_rows(plan, samples))
-        with also_to_file(store.path / "run.log"), backbone.counting() as passes:
-            _announce(plan, backbone, left)
-            worker = Worker(plan, backbone, store, left)
-            skipped = worker.work_off(samples[: plan.limit])
-        record["notes"] += warnings.messages
+        _check_parts(plan, samples[: plan.limit], backbone)
+        record, class_names = provenance(plan, backbone, identity), _class_names(plan, backbone)
+        earlier = [*store.notes(), *record["notes"]]
+
+        def keep_notes() -> None:
+            """At once: when this process is killed, the heatmaps it has made stay, and what must be told of them."""
+            record["notes"] = list(dict.fromkeys([*earlier, *warnings.messages]))
+            store.write_provenance(record)
+
+        try:
+            store.begin(OmegaConf.to_yaml(plan.settings), record, class_names, all_rows(plan, samples))
+            warnings.told = keep_notes
+            keep_notes()
+            with also_to_file(store.path / "run.log"), backbone.counting() as passes:
+                _announce(plan, backbone, left)
+                worker = Worker(plan, backbone, store, left)
+                skipped = worker.work_off(samples[: plan.limit])
+        except UserError:
+            store.discard()
+            raise
         record |= {"passes": dict(passes), "seconds": round(time.perf_counter() - started, 1), "finished": now()}
         store.write_provenance(record)
         report = write_report(store)
     rows = left.wanted - len(skipped) * len(plan.target.names())
     return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped)
+
+
+def _check_rows(plan: Plan, samples: Sequence[Sample]) -> None:
+    """A row's id names its files, so it must be the only one."""
+    if not samples:
+        raise UserError(f"The dataset {plan.dataset.name} has no samples.")
+    for what, ids in (("samples", [s.sample_id for s in samples]), ("targets", plan.target.names())):
+        twice = [name for name, count in Counter(ids).items() if count > 1]
+        if twice:
+            raise UserError(f"Among the {what}, {twice[0]!r} comes more than once: each must be given once.")
+
+
+def _check_parts(plan: Plan, samples: Sequence[Sample], backbone: Backbone) -> None:
+    """Raise now, before anything is written, what would end the run at its first or its thousandth batch."""
+    layer = getattr(plan.method, "layer", None)
+    if isinstance(layer, str):
+        backbone.layer(layer)
+    classes = {-1}
+    for sample in samples:
+        with suppress(BadSample):  # skipped later, and listed
+            classes.update(plan.target.make(sample).tolist())
+    ClassTarget(torch.tensor([max(classes)])).bind(torch.zeros(1, backbone.outputs))
 
 
 def what_is_left(plan: Plan, samples: Sequence[Sample], store: RunStore) -> Left:
@@ -119,7 +158,7 @@ def _announce(plan: Plan, backbone: Backbone, left: Left) -> None:
         "%s on %s, %s, batch size %d, %d network rows at once",
         *(backbone.name, backbone.device, NUMERIC_MODE, plan.batch_size, backbone.max_passes),
     )
-    log.info("%d rows: %d done, %d left", left.wanted, left.wanted - len(left.rows), len(left.rows))
+    log.info("rows: %d, of which %d are done and %d left", left.wanted, left.wanted - len(left.rows), len(left.rows))
 
 
 def _class_names(plan: Plan, backbone: Backbone) -> Sequence[str] | None:

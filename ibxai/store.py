@@ -18,12 +18,14 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import re
+import secrets
+import shutil
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,10 @@ from PIL import Image
 
 from ibxai.errors import UserError
 
-_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+log = logging.getLogger(__name__)
+
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]{0,99}")
+_WITH_HASH = re.compile(r"-[0-9a-f]{12}$")  # what ends like a name made here could be taken for one
 _STALE_SECONDS = 3600
 _DIAGNOSTIC = "diagnostic."
 
@@ -88,10 +93,10 @@ def digest(content: Any) -> str:
 def safe_name(identifier: str) -> str:
     """A file name for any id: inside its folder, distinct on every file system, readable where possible.
 
-    Ids with anything but lower-case letters, digits, ".", "_" and "-" keep a readable part and gain a hash, so
+    Ids with anything but lower-case letters, digits, "@", ".", "_" and "-" keep a readable part and gain a hash, so
     that "../../x", 300 characters, or two ids that differ in case alone cannot meet.
     """
-    if _PLAIN_NAME.fullmatch(identifier) and ".." not in identifier:
+    if _PLAIN_NAME.fullmatch(identifier) and ".." not in identifier and not _WITH_HASH.search(identifier):
         return identifier
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", identifier).strip("-")[:80]
     return f"{readable}-{hashlib.sha256(identifier.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
@@ -99,7 +104,9 @@ def safe_name(identifier: str) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """All of it or nothing, also when the power goes. Raises UserError when the disk or the folder refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # random, since processes of two machines that share the folder may have the same number; and cut, since a file
+    # system's longest name is 255 bytes
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     with explained_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -129,6 +136,7 @@ class RunStore:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._made: list[Path] = []  # the folders that `begin` made, innermost first
 
     # the run itself
 
@@ -136,6 +144,7 @@ class RunStore:
         self, config: str, provenance: Mapping[str, Any], classes: Sequence[str] | None, rows: Sequence[Row]
     ) -> None:
         """Write what describes the run, and clear away what a killed process left half-written."""
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._clear_stale_files()
         self.write_text("config.yaml", config)
         self.write_provenance(provenance)
@@ -143,6 +152,29 @@ class RunStore:
         if not (self.path / "samples.csv").exists():
             lines = [(r.row_id, r.sample_id, r.target, r.group_id, "" if r.label is None else r.label) for r in rows]
             self._write_csv("samples.csv", ("row", "sample", "target", "group", "label"), lines)
+
+    def discard(self) -> None:
+        """Undo `begin` as long as no row is finished: a mistake leaves no folder behind. Older folders stay."""
+        if self._made and not _names_in(self.path / "heatmaps"):
+            shutil.rmtree(self.path, ignore_errors=True)
+            for folder in self._made[1:]:
+                with suppress(OSError):  # another run has come into it
+                    folder.rmdir()
+
+    def is_reported(self) -> bool:
+        """Whether the page was made after all else: a run that was killed has written its provenance again since."""
+        try:
+            written = (self.path / "provenance.json").stat().st_mtime_ns
+            return (self.path / "report.html").stat().st_mtime_ns >= written
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def notes(self) -> list[str]:
+        """What the earlier runs in this folder had to tell their reader."""
+        try:
+            return [str(note) for note in self.provenance().get("notes", [])]
+        except (OSError, ValueError):
+            return []
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         self.write_text("provenance.json", json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
@@ -243,7 +275,8 @@ class RunStore:
             try:
                 arrays = _read_npz(path)
                 row_ids = arrays.pop("row").tolist()
-            except (DamagedFile, KeyError):
+            except (DamagedFile, KeyError) as error:
+                log.warning("a score file is damaged and removed, its rows count as not scored: %s", error)
                 path.unlink(missing_ok=True)
                 continue
             for place, row_id in enumerate(row_ids):
@@ -301,16 +334,22 @@ class RunStore:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{path} is not there") from error
+    except OSError as error:  # "too many open files" says nothing about the file: it is not to be lost for that
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DamagedFile(f"{path}: {error}") from error
+    except Exception as error:  # damage surfaces as whatever its decoder stumbles on: BadZipFile, zlib.error, EOFError
+        raise DamagedFile(f"{path}: {error or type(error).__name__}") from error
 
 
 def _names_in(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(folder)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the first write says what is wrong with the place
         return set()
 
 

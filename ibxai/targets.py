@@ -26,6 +26,11 @@ class ClassTarget:
 
     classes: Tensor
 
+    @classmethod
+    def predicted(cls, rows: int) -> ClassTarget:
+        """The network's own choice for this many rows."""
+        return cls(torch.full((rows,), PREDICTED))
+
     def bind(self, out: Tensor) -> ClassTarget:
         if self.classes.numel() and int(self.classes.max()) >= out.shape[1]:
             raise UserError(

@@ -6,7 +6,7 @@ The way the data goes is in `pipeline.py`; these are the things that travel on i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
@@ -94,15 +94,23 @@ class Target(Protocol):
 class Batch:
     """Rows that run together. A row is a (sample, target); its id in a run is "<sample>@<target>".
 
-    inputs: pictures [B, C, H, W] after normalisation.
+    inputs: pictures [B, C, H, W] after normalisation. group_ids: the sample ids when not given.
     regions: "target" bool [B, R, H, W] (one plane a box or lesion, padded with empty planes); absent = not annotated.
     """
 
     inputs: Tensor
     target: Target
     sample_ids: tuple[str, ...]
-    group_ids: tuple[str, ...]
+    group_ids: tuple[str, ...] = ()
     regions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.group_ids:
+            object.__setattr__(self, "group_ids", self.sample_ids)
+        if not len(self.inputs) == len(self.sample_ids) == len(self.group_ids):
+            raise ValueError(
+                f"{len(self.inputs)} inputs, {len(self.sample_ids)} sample ids, {len(self.group_ids)} group ids"
+            )
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -118,6 +126,11 @@ class Batch:
             group_ids=tuple(self.group_ids[i] for i in places),
             regions={name: plane[index] for name, plane in self.regions.items()},
         )
+
+    def bound(self, backbone: Backbone) -> Batch:
+        """The same rows with the target bound to what the network says of the unmasked inputs."""
+        with torch.no_grad():
+            return replace(self, target=self.target.bind(backbone(self.inputs)))
 
     def to(self, device: torch.device | str) -> Batch:
         device = torch.device(device)

@@ -118,7 +118,7 @@ class Worker:
     def _fit(self) -> Attributor:
         plan = self.plan
         if uses_reference(plan.method):
-            log.info("reference split: %s", plan.dataset.reference_note)
+            log.info("%s", plan.dataset.reference_note)
         reference = reference_batches(plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers)
         attributor = plan.method.fit(self.backbone, reference, plan.seed)
         for sample_id, reason in reference.skipped.items():

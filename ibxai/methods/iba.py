@@ -1,8 +1,8 @@
 """IBA: a layer's features are drowned in noise where they are not needed; what must stay clean is the explanation.
 
     min over alpha of  L = L_CE(Phi(Z), y) + beta L_I          Z = lambda R + (1 - lambda) eps
-    lambda = smooth(sigmoid(alpha))                            L_I = mean over neurons of KL[P(Z|R) || N(mu_R, sigma_R^2)]
-    (CheXplain, Eqs. 1-4)
+    lambda = smooth(sigmoid(alpha))                            L_I = mean over neurons of KL[P(Z|R) || Q(Z)]
+    Q(Z) = N(mu_R, sigma_R^2)                                                               (CheXplain, Eqs. 1-4)
 
 Reference: Schulz, Sixt, Tombari, Landgraf, "Restricting the Flow: Information Bottlenecks for Attribution", ICLR
 2020, the per-sample bottleneck; the method of IBA for COVID-19 CT (sec. 2) and the base of CheXplain and InputIBA.
@@ -82,7 +82,7 @@ class IBA:
         )
         if statistics.pooled:
             log.warning(
-                "feature statistics come from %d pictures, fewer than %d: pooled over each channel's positions",
+                "Feature statistics come from %d pictures, fewer than %d: pooled over each channel's positions.",
                 statistics.count,
                 self.min_reference,
             )

@@ -1,0 +1,48 @@
+# make demo    a first run, from nothing: environment, install, heatmaps, report
+# make test    the whole test suite, from nothing
+# make help    all targets
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types wheel lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(READY)  ## .venv with the project (editable) and everything it is developed with, at the locked versions
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## explain seven photographs with a trained network, on this machine, without downloads
+	$(BIN)/ibxai run
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## put the code in format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)  ## mypy on the package
+	$(BIN)/mypy
+
+wheel: $(READY)  ## build the wheel, install it in a clean environment and ask it for `ibxai list`
+	$(BIN)/python scripts/check_wheel.py
+
+lock: pyproject.toml  ## renew requirements.lock from pyproject.toml, in a clean environment
+	$(PYTHON) scripts/lock.py
+
+clean:  ## remove the environment and what tools leave behind; outputs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
