@@ -18,13 +18,14 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as signed 64 bit
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
-_LOW24 = (1 << 24) - 1
+_LOW23 = (1 << 23) - 1  # 23 bits and a half are exact in float32, so 1.0 is never reached
 
 
 def sample_keys(seed: int, sample_ids: Sequence[str], purpose: str, device: torch.device | str = "cpu") -> Tensor:
     """int64 [B]: one key a sample; different purposes draw independent numbers."""
     digests = [
-        hashlib.blake2b(f"{seed}\0{purpose}\0{sample_id}".encode(), digest_size=8).digest() for sample_id in sample_ids
+        hashlib.blake2b(f"{seed}\0{purpose}\0{sample_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for sample_id in sample_ids
     ]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64, device=device)
 
@@ -46,21 +47,21 @@ def _mix(x: Tensor) -> Tensor:
 def uniform(keys: Tensor, step: int | Tensor, shape: Sequence[int]) -> Tensor:
     """float32 [B, *shape] in the open interval (0, 1). keys: int64 [B] of `sample_keys`."""
     bits = _bits(keys, step, math.prod(shape))
-    return _to_unit(bits >> 40).view(len(keys), *shape)
+    return _to_unit(bits >> 41).view(len(keys), *shape)
 
 
 def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int]) -> Tensor:
     """float32 [B, *shape], standard normal by Box and Muller: two numbers from each 64 bits."""
     count = math.prod(shape)
     bits = _bits(keys, step, (count + 1) // 2)
-    radius = _to_unit(bits >> 40).log_().mul_(-2).sqrt_()
+    radius = _to_unit(bits >> 41).log_().mul_(-2).sqrt_()
     angle = _to_unit(bits >> 8).mul_(2 * math.pi)
     pair = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], dim=1)
     return pair[:, :count].view(len(keys), *shape)
 
 
 def _to_unit(bits: Tensor) -> Tensor:
-    return bits.bitwise_and_(_LOW24).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    return bits.bitwise_and_(_LOW23).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def tie_breakers(keys: Tensor, count: int) -> Tensor:

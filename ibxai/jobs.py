@@ -109,7 +109,10 @@ def _job(cfg: DictConfig) -> None:
     # unresolved: "seed=${x}" is a text here, and not to be filled in
     overrides = [str(text) for text in OmegaConf.to_container(job.overrides.task, resolve=False)]  # type: ignore[union-attr]
     if many:
-        print(f"\njob {number}: {' '.join(overrides) or 'the defaults'}", flush=True)
+        try:
+            print(f"\njob {number}: {' '.join(overrides) or 'the defaults'}", flush=True)
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
     record = _attempt(cfg, overrides, _config_dir())
     Path(job.sweep.dir, f"job-{number:06d}.json").write_text(json.dumps(asdict(record)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,17 +17,21 @@ _LOGGER = logging.getLogger("ibxai")
 
 
 class _Keep(logging.Handler):
-    """told: called after each message that is kept."""
+    """records: all that was shown so far. messages: its warnings. told: what to do at once with each of these."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
         self.messages: list[str] = []
-        self.told: Callable[[], None] = lambda: None
+        self.told: Callable[[str], None] = lambda message: None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "sample", None) is None:  # single samples are listed in skipped.csv
+        if getattr(record, "sample", None) is not None:  # single samples are listed in skipped.csv
+            return
+        self.records.append(record)
+        if record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
-            self.told()
+            self.told(record.getMessage())
 
 
 class _File(logging.FileHandler):
@@ -57,11 +61,16 @@ def run_log() -> Iterator[_Keep]:
 
 
 @contextmanager
-def also_to_file(path: Path) -> Iterator[None]:
-    """Write the messages to a file too, behind those of earlier runs, and the error that ends the block."""
+def also_to_file(path: Path, earlier: Iterable[logging.LogRecord] = ()) -> Iterator[None]:
+    """Write the messages to a file too, behind those of earlier runs, and the error that ends the block.
+
+    earlier: what this run has said before the file's place was known.
+    """
     with explained_os_errors(path):
         file = _File(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for record in earlier:
+        file.handle(record)
     _LOGGER.addHandler(file)
     try:
         yield

@@ -14,14 +14,17 @@ from ibxai.errors import UserError
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory")
+_MESSAGES = (
+    *("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on a CPU or a GPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 def with_backoff(work: Callable[[], Result], backbone: Backbone) -> Result:

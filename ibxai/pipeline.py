@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +83,7 @@ class Outcome:
 def run(plan: Plan) -> Outcome:
     """Do what is left of a plan. Raises UserError for what a user can put right."""
     started = time.perf_counter()
-    with run_log() as warnings:
+    with run_log() as said:
         samples = plan.dataset.samples()
         _check_rows(plan, samples)
         device = torch.device(plan.device)
@@ -96,18 +96,20 @@ def run(plan: Plan) -> Outcome:
             return Outcome(store.path, report, left.wanted, 0, 0, {})
         _check_parts(plan, samples[: plan.limit], backbone)
         record, class_names = provenance(plan, backbone, identity), _class_names(plan, backbone)
-        earlier = [*store.notes(), *record["notes"]]
+        for note in record["notes"]:
+            log.warning("%s", note)
+        record["notes"] = list(dict.fromkeys([*store.notes(), *said.messages]))
 
-        def keep_notes() -> None:
-            """At once: when this process is killed, the heatmaps it has made stay, and what must be told of them."""
-            record["notes"] = list(dict.fromkeys([*earlier, *warnings.messages]))
-            store.write_provenance(record)
+        def keep_note(note: str) -> None:
+            """At once: when this process is killed its heatmaps stay, and what must be told of them."""
+            if note not in record["notes"]:
+                record["notes"].append(note)
+                store.write_provenance(record)
 
         try:
             store.begin(OmegaConf.to_yaml(plan.settings), record, class_names, all_rows(plan, samples))
-            warnings.told = keep_notes
-            keep_notes()
-            with also_to_file(store.path / "run.log"), backbone.counting() as passes:
+            said.told = keep_note
+            with also_to_file(store.path / "run.log", said.records), backbone.counting() as passes:
                 _announce(plan, backbone, left)
                 worker = Worker(plan, backbone, store, left)
                 skipped = worker.work_off(samples[: plan.limit])
@@ -133,14 +135,23 @@ def _check_rows(plan: Plan, samples: Sequence[Sample]) -> None:
 
 def _check_parts(plan: Plan, samples: Sequence[Sample], backbone: Backbone) -> None:
     """Raise now, before anything is written, what would end the run at its first or its thousandth batch."""
-    layer = getattr(plan.method, "layer", None)
-    if isinstance(layer, str):
+    for layer in _layers(plan.method):
         backbone.layer(layer)
     classes = {-1}
     for sample in samples:
         with suppress(BadSample):  # skipped later, and listed
             classes.update(plan.target.make(sample).tolist())
     ClassTarget(torch.tensor([max(classes)])).bind(torch.zeros(1, backbone.outputs))
+
+
+def _layers(part: object) -> Iterator[str]:
+    """The layers that a method names in its settings, and in those of the parts that it is made of."""
+    for field in fields(part) if is_dataclass(part) else ():
+        value = getattr(part, field.name)
+        if field.name in ("layer", "layers"):
+            yield from [value] if isinstance(value, str) else value or ()
+        else:
+            yield from _layers(value)
 
 
 def what_is_left(plan: Plan, samples: Sequence[Sample], store: RunStore) -> Left:

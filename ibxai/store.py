@@ -87,7 +87,7 @@ class MetricKey:
 def digest(content: Any) -> str:
     """12 hexadecimal digits that stand for a JSON-able value."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def safe_name(identifier: str) -> str:
@@ -190,7 +190,7 @@ class RunStore:
 
     def rows(self) -> list[Row]:
         """All rows of the dataset, in its order."""
-        lines = csv.DictReader(io.StringIO(self._read_text("samples.csv")))
+        lines = csv.DictReader(io.StringIO(self._read_text("samples.csv"), newline=""))
         return [
             Row(r["row"], r["sample"], r["target"], r["group"], int(r["label"]) if r["label"] else None) for r in lines
         ]
@@ -202,7 +202,9 @@ class RunStore:
     def skipped(self) -> dict[str, str]:
         if not (self.path / "skipped.csv").exists():
             return {}
-        return {r["sample"]: r["reason"] for r in csv.DictReader(io.StringIO(self._read_text("skipped.csv")))}
+        return {
+            r["sample"]: r["reason"] for r in csv.DictReader(io.StringIO(self._read_text("skipped.csv"), newline=""))
+        }
 
     # heatmaps
 
@@ -276,7 +278,7 @@ class RunStore:
                 arrays = _read_npz(path)
                 row_ids = arrays.pop("row").tolist()
             except (DamagedFile, KeyError) as error:
-                log.warning("a score file is damaged and removed, its rows count as not scored: %s", error)
+                log.warning("A score file is damaged and removed, its rows count as not scored: %s (%s)", path, error)
                 path.unlink(missing_ok=True)
                 continue
             for place, row_id in enumerate(row_ids):
@@ -317,7 +319,13 @@ class RunStore:
 
     def _write_csv(self, name: str, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
+        table = [header, *lines]
+        # Python before 3.13 leaves a carriage return unquoted, and reads the rest of the name as another line
+        returns = any("\r" in str(entry) for line in table for entry in line)
+        if returns:
+            csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(table)
+        else:
+            csv.writer(buffer, lineterminator="\n").writerows(table)
         self.write_text(name, buffer.getvalue())
 
     @staticmethod

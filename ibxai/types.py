@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ibxai.backbones import Backbone
+    from ibxai.targets import Bound
 
 Unit = Literal["bits", "score", "relevance", "mask"]
 ScoreKind = Literal["probability", "logit", "value"]
@@ -81,6 +82,10 @@ class Target(Protocol):
 
     def loss(self, out: Tensor) -> Tensor:
         """[B]: what a bottleneck minimises, in nats or squared error, one a row."""
+        ...
+
+    def removal_loss(self, out: Tensor, bound: Bound) -> Tensor:
+        """[B]: what an inverse bottleneck minimises: small when the evidence is gone, bounded as `bound` says."""
         ...
 
     def take(self, rows: Tensor) -> Target: ...

@@ -119,7 +119,8 @@ class Worker:
         plan = self.plan
         if uses_reference(plan.method):
             log.info("%s", plan.dataset.reference_note)
-        reference = reference_batches(plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers)
+        cache = plan.outputs / plan.dataset.name / self.backbone.name / "cache"  # shared by the runs on this network
+        reference = reference_batches(plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers, cache)
         attributor = plan.method.fit(self.backbone, reference, plan.seed)
         for sample_id, reason in reference.skipped.items():
             log.warning("left out of the reference split: %s: %s", sample_id, reason)

@@ -1,6 +1,6 @@
 """Make docs/first-picture.png from finished runs: photographs, and where two methods find the evidence.
 
-    ibxai run -m method=iba,gradcam && python scripts/readme_picture.py outputs
+ibxai run -m method=iba,gradcam && python scripts/readme_picture.py outputs
 """
 
 import sys

@@ -342,7 +342,7 @@ def test_missing_gpu_is_an_error(run: Callable[..., int], capsys: pytest.Capture
 def test_plan_holds_what_was_typed(run: Callable[..., int], plans: list[pipeline.Plan]) -> None:
     assert run("seed=3", "limit=2", "method.sigma=4", "target=classes", "target.ids=[1,2]", 'outputs="a b=ü"') == 0
     (plan,) = plans
-    assert (plan.seed, plan.limit, plan.batch_size, plan.max_passes, plan.workers) == (3, 2, 16, 256, 0)
+    assert (plan.seed, plan.limit, plan.batch_size, plan.max_passes, plan.workers) == (3, 2, 16, None, 0)
     assert plan.outputs == Path("a b=ü")
     assert (plan.method_name, plan.method.sigma, plan.method.mode) == ("blur", 4.0, "fast")  # type: ignore[attr-defined]
     assert isinstance(plan.method.sigma, float)  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ from ibxai.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 
 _ROWS = 4
+_EXAMPLES = 3  # rows of the pictures that a network is traced with
 ROLES = ("gradcam", "bottleneck", "early", "mid", "late")
 
 
@@ -72,22 +73,22 @@ class Backbone:
         self.name, self.roles, self.preprocessing = name, dict(roles), preprocessing
         self.random_weights, self.max_passes = random_weights, max_passes
         self.digest = _weights_digest(network)
-        example = torch.zeros(2, *preprocessing.input_shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-        network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+        shape = (_EXAMPLES, *preprocessing.input_shape)
+        example = torch.zeros(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        self._plain = _frozen(network)  # for layers that the graph cannot be cut at
+        self._check_output(self._plain, example)
         self._trace: Trace | None
         try:
-            self._trace = Trace(network, example)
+            self._trace = Trace(self._plain, example)
             self._network: nn.Module = self._trace.module.eval()
             self.layers = self._trace.shapes
         except Untraceable as reason:
             log.warning("%s cannot be cut at a layer (%s): every pass runs the whole network", name, reason)
-            self._trace, self._network = None, network
-            self.layers = _layer_shapes(network, example)
+            self._trace, self._network = None, self._plain
+            self.layers = _layer_shapes(self._plain, example)
         for part in self._network.modules():
             if isinstance(part, nn.Conv2d):
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.no_grad():
-            self.outputs = int(self._network(example).shape[1])
         self._counter: Counter[str] | None = None
         self._cuts: dict[str, tuple[nn.Module, nn.Module]] = {}
         for role, layer in self.roles.items():
@@ -104,11 +105,20 @@ class Backbone:
     def device(self) -> torch.device:
         return next(self._network.parameters()).device
 
+    def _check_output(self, network: nn.Module, example: Tensor) -> None:
+        with torch.no_grad():
+            out = network(example)
+        if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(example):
+            found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise UserError(
+                f"{self.name} returns {found} for pictures {list(example.shape)}: wrap it to return one tensor [B, K]."
+            )
+        self.outputs = out.shape[1]
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Logits or values [B, K] of inputs [B, C, H, W]."""
-        padded = _whole_rows(_channels_last(inputs))
-        self._count("forward", padded)
-        return self._network(padded)[: len(inputs)]
+        self._count("forward", inputs)
+        return self._in_pieces(lambda rows: (self._network(rows),), inputs)[0]
 
     def layer(self, name: str) -> str:
         """The layer a role or a name stands for. Raises UserError with the nearest names."""
@@ -130,15 +140,14 @@ class Backbone:
         head, tail = self._cuts[layer]
 
         def run_head(inputs: Tensor) -> Features:
-            padded = _whole_rows(_channels_last(inputs))
-            self._count("head forward", padded)
-            values, *bypass = (tensor[: len(inputs)] for tensor in head(padded))
+            self._count("head forward", inputs)
+            values, *bypass = self._in_pieces(head, inputs)
             return Features(values, tuple(bypass))
 
         def run_tail(features: Features | Tensor) -> Tensor:
             features = features if isinstance(features, Features) else Features(features)
+            self._count("tail forward", features.values)
             padded = _whole_rows(features.values)
-            self._count("tail forward", padded)
             return tail(padded, *(_whole_rows(tensor) for tensor in features.bypass))[: len(features.values)]
 
         return Split(run_head, run_tail)
@@ -147,14 +156,16 @@ class Backbone:
         """The outputs of several layers (names or roles) in one forward, nothing behind the last of them."""
         names = [self.layer(name) for name in layers]
         if self._trace is not None:
-            padded = _whole_rows(_channels_last(inputs))
-            self._count("head forward", padded)
-            found = self._trace.extractor(names)(padded)
-            return {layer: tensor[: len(inputs)] for layer, tensor in zip(layers, found, strict=True)}
+            self._count("head forward", inputs)
+            return dict(zip(layers, self._in_pieces(self._trace.extractor(names), inputs), strict=True))
+        return self._hooked_features(inputs, layers, names)
+
+    def _hooked_features(self, inputs: Tensor, layers: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
         self._count("forward", inputs)
         seen: dict[str, Tensor] = {}
-        with _hooks(self._network, {name: _keep(seen, name) for name in names}):
-            self._network(inputs)
+        network = self._plain.to(inputs.device)
+        with _hooks(network, {name: _keep(seen, name) for name in names}):
+            network(inputs)
         return {layer: seen[name] for layer, name in zip(layers, names, strict=True)}
 
     @contextmanager
@@ -168,6 +179,13 @@ class Backbone:
                 before.update(self._counter)
             self._counter = before
 
+    def _in_pieces(self, run: Callable[[Tensor], Sequence[Tensor]], inputs: Tensor) -> list[Tensor]:
+        """The outputs of run, [B, ...] each, with at most max_passes rows at once and whole tiles of rows."""
+        pieces = []
+        for rows in inputs.split(self.max_passes):
+            pieces.append([tensor[: len(rows)] for tensor in run(_whole_rows(_channels_last(rows)))])
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
     def _count(self, part: str, rows: Tensor) -> None:
         if self._counter is not None:
             self._counter[part] += len(rows)
@@ -176,14 +194,15 @@ class Backbone:
 
     def _hooked_split(self, layer: str) -> Split:
         def head(inputs: Tensor) -> Features:
-            return Features(self.features(inputs, [layer])[layer], (inputs,))
+            return Features(self._hooked_features(inputs, [layer], [layer])[layer], (inputs,))
 
         def tail(features: Features | Tensor) -> Tensor:
             if not isinstance(features, Features):
                 raise TypeError("this network cannot be cut: give tail the Features that head returned")
             self._count("tail forward", features.values)
-            with _hooks(self._network, {layer: lambda *_: features.values}):
-                return self._network(features.bypass[0])
+            network = self._plain.to(features.values.device)
+            with _hooks(network, {layer: lambda *_: features.values}):
+                return network(features.bypass[0])
 
         return Split(head, tail)
 
@@ -191,7 +210,11 @@ class Backbone:
         folded = self._trace.folded if self._trace is not None else {}
         if name in folded:
             return f"{self.name}: '{name}' is folded into the batch norm that follows it; take '{folded[name]}'."
-        return f"{self.name} has no layer '{name}'. {nearest(name, [*self.layers, *self.roles], most=5)}"
+        near = nearest(name, [*self.layers, *self.roles], most=5)
+        if not near.startswith("Did you mean"):
+            outer = [layer for layer in self.layers if layer.count(".") <= 1]
+            near = f"Roles: {', '.join(self.roles) or 'none'}. Layers: {', '.join(outer[:10])} ..."
+        return f"{self.name} has no layer '{name}'. {near}"
 
 
 def freeze(
@@ -210,6 +233,13 @@ def freeze(
     layers: role -> layer name, for methods that ask by role. Raises UserError when a layer does not exist or a
     weight is not finite.
     """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise UserError(
+                f"{name}: {path} keeps no running statistics, so pictures of a batch would feel each other."
+            )
+    if preprocessing is None and input_shape[1] != input_shape[2]:
+        raise UserError(f"input_shape is {input_shape}: pictures have to be square.")
     for path, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"The weights of {name} are not finite: {path} holds NaN or infinity.")
@@ -217,6 +247,15 @@ def freeze(
         channels, height, _ = input_shape
         preprocessing = Preprocessing(resize=height, crop=height, mean=(0.0,) * channels, std=(1.0,) * channels)
     return Backbone(network, preprocessing, layers or {}, name, random_weights, max_passes)
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    """A copy in eval mode, without gradients, and with no activation that writes on its input."""
+    network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+    for part in network.modules():
+        if hasattr(part, "inplace"):
+            setattr(part, "inplace", False)  # noqa: B010  # most modules have no such attribute
+    return network
 
 
 def _channels_last(inputs: Tensor) -> Tensor:

@@ -158,7 +158,8 @@ def _state_from_file(path: Path) -> Mapping[str, Tensor]:
             "Save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
         ) from error
     except Exception as error:
-        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:150]}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        raise UserError(f"{path} cannot be read as weights ({reason}).") from error
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,14 +81,21 @@ def load_batches(
 class ReferenceBatches:
     """The reference split of a dataset as batches that may be gone through more than once, targets "predicted".
 
-    skipped: sample id -> reason, of the bad samples met so far.
+    cache: a folder where a method may keep what it estimates on these pictures, None for none. skipped: sample id ->
+    reason, of the bad samples met so far.
     """
 
     dataset: Dataset
     preprocessing: Preprocessing
     batch_size: int
     workers: int
+    cache: Path | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """What these pictures are known by in a cache."""
+        return sample_table_digest(self.dataset.reference())
 
     def __iter__(self) -> Iterator[Batch]:
         work = [(sample, (0,)) for sample in self.dataset.reference()]
@@ -98,10 +106,10 @@ class ReferenceBatches:
 
 
 def reference_batches(
-    dataset: Dataset, preprocessing: Preprocessing, batch_size: int, workers: int
+    dataset: Dataset, preprocessing: Preprocessing, batch_size: int, workers: int, cache: Path | None = None
 ) -> ReferenceBatches:
     """Batches of `dataset.reference()` for `Method.fit`. Bad samples are left out; their reasons are in `.skipped`."""
-    return ReferenceBatches(dataset, preprocessing, batch_size, workers)
+    return ReferenceBatches(dataset, preprocessing, batch_size, workers, cache)
 
 
 def sample_table_digest(samples: Sequence[Sample]) -> str:

@@ -1,95 +1,44 @@
-"""What every information bottleneck is made of: feature statistics, the Gaussian KL, smoothing, bits a pixel.
+"""What every information bottleneck is made of: the Gaussian KL, smoothing, bits a pixel, and the optimised mask.
 
 A bottleneck replaces features R by Z = lambda R + (1 - lambda) eps with eps ~ N(mu_R, sigma_R^2), and pays for the
 information that passes, KL[P(Z|R) || Q(Z)] with Q(Z) = N(mu_R, sigma_R^2) (Schulz et al., "Restricting the Flow",
-ICLR 2020; CheXplain Eqs. 1-4). The share of noise nu = 1 - lambda is computed from sigmoid(-alpha), never as a
-difference, so that log(nu) stays exact when a mask is almost open.
+ICLR 2020; CheXplain Eqs. 1-4). Both shares are computed from a sigmoid of their own, lambda from sigmoid(alpha) and
+1 - lambda from sigmoid(-alpha), never as a difference, so that the logarithm stays exact when a mask is almost open.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ibxai.backbones import Backbone
-from ibxai.errors import UserError
-from ibxai.types import Batch
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Of a layer's output, over a reference split; broadcastable to [C, h, w].
-
-    mean, std: a neuron each, or a channel each ([C, 1, 1]) when `pooled`. active: False for neurons that are
-    (almost) never different from zero. count: reference pictures they come from.
-    """
-
-    mean: Tensor
-    std: Tensor
-    active: Tensor
-    count: int
-    pooled: bool
-
-    def to(self, device: torch.device) -> FeatureStatistics:
-        return FeatureStatistics(
-            self.mean.to(device), self.std.to(device), self.active.to(device), self.count, self.pooled
-        )
+from ibxai.backbones import Features, Split
+from ibxai.draws import normal, sample_keys
+from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics
+from ibxai.types import Batch, Target
 
 
-def estimate_statistics(
-    backbone: Backbone,
-    layer: str,
-    reference: Iterable[Batch],
-    min_reference: int,
-    min_std: float,
-    active_share: float,
-) -> FeatureStatistics:
-    """Mean, deviation and activity of a layer in one pass over the reference batches, by Welford's rule in float64.
+def gaussian_kl(
+    features: Tensor, noise_share: Tensor, statistics: FeatureStatistics, prior: Tensor | None = None
+) -> Tensor:
+    """KL[P(Z|R) || Q(Z)] in nats, element by element.
 
-    With fewer than `min_reference` pictures a deviation a neuron would be noise, so they are pooled over a channel's
-    positions. Deviations are floored at `min_std`; a neuron counts as active when it differs from zero in more than
-    `active_share` of the pictures (of the pictures and positions, when pooled). Raises UserError without reference.
-    """
-    head, _ = backbone.split(layer)
-    count, mean, squares, nonzero = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for batch in reference:
-        with torch.no_grad():
-            values = head(batch.inputs.to(backbone.device)).values.double().cpu()
-        new_mean = values.mean(0)
-        shift = new_mean - mean if count else new_mean
-        total = count + len(values)
-        squares = squares + ((values - new_mean) ** 2).sum(0) + shift**2 * (count * len(values) / total)
-        mean = mean + shift * (len(values) / total)
-        nonzero = nonzero + (values != 0).double().sum(0)
-        count = total
-    if count == 0:
-        raise UserError("The reference split is empty: a bottleneck needs pictures to estimate feature statistics on.")
-    variance, share = squares / count, nonzero / count
-    pooled = count < min_reference and mean.dim() == 3
-    if pooled:
-        centre = mean.mean((1, 2), keepdim=True)
-        variance = (variance + (mean - centre) ** 2).mean((1, 2), keepdim=True)
-        mean, share = centre, share.mean((1, 2), keepdim=True)
-    std = variance.sqrt().clamp_min(min_std)
-    return FeatureStatistics(mean.float(), std.float(), share > active_share, count, pooled).to(backbone.device)
-
-
-def gaussian_kl(features: Tensor, noise_share: Tensor, statistics: FeatureStatistics) -> Tensor:
-    """KL[P(Z|R) || N(mu, sigma^2)] in nats, element by element.
-
-    P(Z|R) = N((1 - nu) R + nu mu, nu^2 sigma^2), so with t = (1 - nu)(R - mu)/sigma it is
-    (nu^2 + t^2 - 1 - ln nu^2) / 2. features, noise_share (nu in (0, 1]): [B, C, h, w].
+    P(Z|R) = N((1 - nu) R + nu mu, nu^2 sigma^2). Without a prior Q(Z) = N(mu, sigma^2), so with
+    t = (1 - nu)(R - mu)/sigma it is (nu^2 + t^2 - 1 - ln nu^2) / 2. With a prior mask lambda_G of the same shape it is
+    InputIBA's Proposition 3, Q's share of noise being q = 1 - lambda_G (1 - nu); lambda_G = 0 gives the former.
+    features, noise_share (nu in (0, 1]): [B, ...].
     """
     kept = (1 - noise_share) * (features - statistics.mean) / statistics.std
-    return 0.5 * (noise_share**2 + kept**2 - 1) - noise_share.log()
+    if prior is None:
+        return 0.5 * (noise_share**2 + kept**2 - 1) - noise_share.log()
+    blocked_by_prior = 1 - prior
+    prior_share = noise_share + (1 - noise_share) * blocked_by_prior
+    ratio, shift = noise_share / prior_share, kept * blocked_by_prior / prior_share
+    return 0.5 * (ratio**2 + shift**2 - 1) - ratio.log()
 
 
 class Smoothing:
@@ -99,7 +48,7 @@ class Smoothing:
     """
 
     def __init__(self, sigma: float, device: torch.device) -> None:
-        self.radius = round(2 * sigma)
+        self.radius = max(1, round(2 * sigma)) if sigma > 0 else 0
         places = torch.arange(-self.radius, self.radius + 1, dtype=torch.float32, device=device)
         weights = torch.exp(-(places**2) / (2 * sigma**2)) if sigma > 0 else torch.ones(1, device=device)
         self.kernel = weights / weights.sum()
@@ -111,12 +60,10 @@ class Smoothing:
         batch, channels, height, width = values.shape
         radius_y, radius_x = min(self.radius, height - 1), min(self.radius, width - 1)
         flat = values.reshape(batch * channels, 1, height, width)
-        flat = F.conv2d(
-            F.pad(flat, (0, 0, radius_y, radius_y), mode="reflect"), self._centre(radius_y).view(1, 1, -1, 1)
-        )
-        flat = F.conv2d(
-            F.pad(flat, (radius_x, radius_x, 0, 0), mode="reflect"), self._centre(radius_x).view(1, 1, 1, -1)
-        )
+        padded = F.pad(flat, (0, 0, radius_y, radius_y), mode="reflect")
+        flat = F.conv2d(padded, self._centre(radius_y).view(1, 1, -1, 1))
+        padded = F.pad(flat, (radius_x, radius_x, 0, 0), mode="reflect")
+        flat = F.conv2d(padded, self._centre(radius_x).view(1, 1, 1, -1))
         return flat.view(batch, channels, height, width)
 
     def _centre(self, radius: int) -> Tensor:
@@ -133,3 +80,123 @@ def bits_per_pixel(nats: Tensor, size: tuple[int, int]) -> Tensor:
     spread = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
     capacity, found = cells.sum((1, 2, 3), keepdim=True), spread.sum((1, 2, 3), keepdim=True)
     return (spread * (capacity / found.clamp_min(torch.finfo(torch.float32).tiny)))[:, 0]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a mask is searched: Adam's rate and steps, noise draws a step, the start, the smoothing in cells."""
+
+    learning_rate: float
+    steps: int
+    draws: int
+    initial_alpha: float
+    smoothing: float
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A batch's optimised mask, in the layer's shape [B, ...], at the end of the search.
+
+    alpha: its logits; information: nats, element by element. target_loss, nats: [B, steps], before each update.
+    """
+
+    features: Tensor
+    alpha: Tensor
+    information: Tensor
+    target_loss: Tensor
+    nats: Tensor
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A mask over one layer's features, a picture each, found through the network's tail.
+
+    split: the network cut behind the layer. purpose: names the noise draws. price: weight of a nat against the
+    target's loss. inverse: lambda blocks instead of letting pass (CheXplain Eq. 5); the information counts lambda as
+    the share of signal in either case. loss: of the target's outputs, one a row. most_rows: network rows at once.
+    """
+
+    split: Split
+    purpose: str
+    grid: FeatureGrid
+    statistics: FeatureStatistics
+    search: Search
+    price: float
+    seed: int
+    inverse: bool
+    loss: Callable[[Target, Tensor], Tensor]
+    most_rows: Callable[[], int]
+
+    def find(self, batch: Batch, prior: Tensor | None = None) -> Mask:
+        """Optimise the masks of all pictures of a batch together; none feels another. prior: see `gaussian_kl`."""
+        search = self.search
+        with torch.no_grad():
+            features = self.split.head(batch.inputs)
+        keys = sample_keys(self.seed, batch.sample_ids, f"bottleneck {self.purpose}", batch.inputs.device)
+        alpha = torch.full_like(features.values, search.initial_alpha).requires_grad_()
+        optimiser = torch.optim.Adam([alpha], lr=search.learning_rate)
+        losses, nats = [], []
+        for step in range(search.steps):
+            optimiser.zero_grad()
+            loss, spent = self._backward(batch, features, prior, alpha, keys, step)
+            optimiser.step()
+            losses.append(loss)
+            nats.append(spent)
+        with torch.no_grad():
+            information = gaussian_kl(features.values, self.smoothed(torch.sigmoid(-alpha)), self.statistics, prior)
+        return Mask(features.values, alpha.detach(), information, torch.stack(losses, 1), torch.stack(nats, 1))
+
+    def smoothed(self, share: Tensor) -> Tensor:
+        """A share in the layer's shape [B, ...], smoothed over the plane."""
+        smooth = Smoothing(self.search.smoothing, share.device)
+        if smooth.radius == 0:
+            return share
+        return self.grid.from_map(smooth(self.grid.to_map(share)), share)
+
+    def parts(self, features: Tensor, noise_share: Tensor) -> tuple[Tensor, Tensor]:
+        """(clean part, scale of the noise) of Z; neurons that are never active stay silent."""
+        active = self.statistics.active
+        clean = torch.lerp(features, self.statistics.mean.expand_as(features), noise_share)
+        return clean * active, noise_share * (self.statistics.std * active)
+
+    def map_of(self, mask: Mask, size: tuple[int, int]) -> Tensor:
+        """[B, H, W] bits a pixel."""
+        return bits_per_pixel(self.grid.to_map(mask.information), size)
+
+    def _backward(
+        self, batch: Batch, features: Features, prior: Tensor | None, alpha: Tensor, keys: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gives alpha its gradient; returns the target's loss, a mean over the draws, and the nats, [B] each.
+
+        Z is a clean part plus noise times a scale, so the passes, as many at once as the backbone allows, collect
+        their gradients at these two; alpha gets them in one go. Losses are summed over samples.
+        """
+        blocked = self.smoothed(torch.sigmoid(-alpha))
+        information = gaussian_kl(features.values, blocked, self.statistics, prior)
+        noise_share = self.smoothed(torch.sigmoid(alpha)) if self.inverse else blocked
+        clean, scale = self.parts(features.values, noise_share)
+        leaves = [clean.detach().requires_grad_(), scale.detach().requires_grad_()]
+        draws, most = self.search.draws, self.most_rows()
+        loss = torch.zeros(len(batch), device=clean.device)
+        for rows in torch.arange(len(batch), device=clean.device).split(max(1, most // draws)):
+            for some in torch.arange(draws, device=clean.device).split(most):
+                sample = rows.repeat_interleave(len(some))
+                noise = feature_noise(keys[sample], step * draws + some.repeat(len(rows)), clean.shape[1:])
+                mean, spread = (leaf[rows[0] : rows[-1] + 1, None] for leaf in leaves)
+                noised = torch.addcmul(mean, spread, noise.unflatten(0, (len(rows), len(some)))).flatten(0, 1)
+                losses = (
+                    self.loss(batch.target.take(sample), self.split.tail(features.replaced(noised, sample))) / draws
+                )
+                losses.sum().backward()
+                loss[rows] += losses.detach().view(len(rows), len(some)).sum(1)
+        spent = self.price * information.sum()
+        torch.autograd.backward([clean, scale, spent], [leaves[0].grad, leaves[1].grad, None])
+        return loss, information.detach().flatten(1).sum(1)
+
+
+def feature_noise(keys: Tensor, steps: Tensor, shape: torch.Size) -> Tensor:
+    """Standard normal [len(keys), *shape]; of maps the channels are innermost in memory, as convolutions want them."""
+    if len(shape) != 3:
+        return normal(keys, steps, shape)
+    channels, height, width = shape
+    return normal(keys, steps, (height, width, channels)).permute(0, 3, 1, 2)

@@ -86,7 +86,7 @@ class Deletion(_PixelOrder):
     """From the picture to the baseline, the most important pixels first. Lower is better."""
 
     step: float = 0.02
-    baseline: str = "constant"
+    baseline: str = "blur"
 
     higher_is_better: ClassVar[bool] = False
 

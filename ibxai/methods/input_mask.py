@@ -1,0 +1,243 @@
+"""Step 2 of InputIBA: the mask on the input whose latent features are distributed as the feature bottleneck's.
+
+Both estimators start from the feature mask, spread over the picture, and look for lambda_G in
+Z_G = lambda_G I + (1 - lambda_G) eps_G such that f(Z_G) is distributed as Z* (InputIBA, Eq. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ibxai.backbones import Backbone
+from ibxai.draws import normal, sample_keys, uniform
+from ibxai.methods.bottleneck import Bottleneck, Smoothing, feature_noise
+from ibxai.types import Batch
+
+_START_RANGE = (0.05, 0.95)  # a mask that starts at 0 or 1 has no gradient to leave it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectEstimator:
+    """Without a critic: each neuron of f(Z_G) and of Z* is taken as a Gaussian, and their squared Wasserstein distance
+
+        W^2 = (mean_f - mean*)^2 + (std_f - std*)^2
+
+    in units of the neuron's deviation sigma_R, averaged over neurons, is minimised by Adam; mean_f and std_f come from
+    `draws` passes through the network's head.
+    """
+
+    learning_rate: float = 0.5
+    steps: int = 20
+    draws: int = 4
+    smoothing: float = 1.0
+
+    def estimate(
+        self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """(lambda_G [B, C, H, W], distance before each step [B, steps])."""
+        wanted_mean, wanted_std = target_distribution(feature, batch, alpha)
+        logits = starting_logits(feature, batch, alpha).requires_grad_()
+        smooth = Smoothing(self.smoothing, logits.device)
+        keys = sample_keys(feature.seed, batch.sample_ids, "input mask noise", logits.device)
+        optimiser = torch.optim.Adam([logits], lr=self.learning_rate)
+        curve = []
+        for step in range(steps):
+            optimiser.zero_grad()
+            total = torch.zeros(len(batch), device=logits.device)
+            for rows in torch.arange(len(batch), device=logits.device).split(max(1, backbone.max_passes // self.draws)):
+                mask = smooth(torch.sigmoid(logits[rows]))
+                latents = self._latents(feature, at_input, batch.inputs[rows], mask, keys[rows], step)
+                scale = feature.statistics.std
+                mean = (latents.mean(1) - wanted_mean[rows]) / scale
+                spread = (latents.std(1) - wanted_std[rows]) / scale
+                distance = (mean**2 + spread**2).flatten(1).mean(1)
+                distance.sum().backward()
+                total[rows] = distance.detach()
+            optimiser.step()
+            curve.append(total)
+        with torch.no_grad():
+            found = smooth(torch.sigmoid(logits))
+        return found, torch.stack(curve, 1) if curve else found.new_zeros(len(batch), 0)
+
+    def _latents(
+        self, feature: Bottleneck, at_input: Bottleneck, inputs: Tensor, mask: Tensor, keys: Tensor, step: int
+    ) -> Tensor:
+        """f(Z_G): [B, draws, ...], of the pictures under their masks, with the reference pictures' noise."""
+        draws = torch.arange(self.draws, device=inputs.device)
+        noise = feature_noise(
+            keys.repeat_interleave(self.draws), step * self.draws + draws.repeat(len(inputs)), inputs.shape[1:]
+        )
+        eps = at_input.statistics.mean + at_input.statistics.std * noise.unflatten(0, (len(inputs), self.draws))
+        masked = mask[:, None] * inputs[:, None] + (1 - mask[:, None]) * eps
+        return feature.split.head(masked.flatten(0, 1)).values.unflatten(0, (len(inputs), self.draws))
+
+
+def target_distribution(feature: Bottleneck, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of Z*, [B, ...] each, in the layer's shape."""
+    with torch.no_grad():
+        features = feature.split.head(batch.inputs)
+        return feature.parts(features.values, feature.smoothed(torch.sigmoid(-alpha)))
+
+
+def starting_logits(feature: Bottleneck, batch: Batch, alpha: Tensor) -> Tensor:
+    """[B, C, H, W]: the feature mask's mean over channels, spread over the picture, the same for every input channel.
+
+    Stretched to the picture's own range first: a mean over hundreds of channels leaves little contrast.
+    """
+    with torch.no_grad():
+        cells = feature.grid.to_map(torch.sigmoid(alpha)).mean(1, keepdim=True)
+        low, high = cells.amin((2, 3), keepdim=True), cells.amax((2, 3), keepdim=True)
+        cells = (cells - low) / (high - low).clamp_min(1e-6)
+        spread = F.interpolate(cells, size=batch.inputs.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.logit(spread.clamp(*_START_RANGE)).expand_as(batch.inputs).clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WganEstimator:
+    """The paper's: a generator (mask, noise mean and noise deviation) against a critic, one critic a picture.
+
+    Wasserstein GAN with clipped weights. Each round updates the generator `generator_updates` times and the critic
+    `critic_updates` times (paper, D.1: 5 and 1; the official code: 1 and 5), `steps` rounds in all, on `batch` latents
+    out of `samples` drawn from P(Z*). The critics of a batch of pictures are stacked and run together under vmap;
+    their batch norm sees one picture's latents. Three convolutions and two linear layers as in D.1; the paper leaves
+    out their widths.
+    """
+
+    steps: int = 28
+    generator_updates: int = 5
+    critic_updates: int = 1
+    samples: int = 200
+    batch: int = 32
+    mask_rate: float = 0.003
+    mean_rate: float = 0.1
+    std_rate: float = 0.05
+    critic_rate: float = 5e-5
+    clip: float = 0.01
+    width: int = 64
+
+    def estimate(
+        self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """(lambda_G [B, C, H, W], the critic's estimate of the Wasserstein distance, a round each, [B, steps])."""
+        device = batch.inputs.device
+        logits = starting_logits(feature, batch, alpha).requires_grad_()
+        mean = torch.zeros_like(logits).requires_grad_()
+        log_std = torch.zeros_like(logits).requires_grad_()
+        critics = _start_critics(feature, batch, self.width)
+        generator_optimiser = torch.optim.RMSprop(
+            [
+                {"params": [logits], "lr": self.mask_rate},
+                {"params": [mean], "lr": self.mean_rate},
+                {"params": [log_std], "lr": self.std_rate},
+            ]
+        )
+        critic_optimiser = torch.optim.RMSprop(critics, lr=self.critic_rate)
+        real = _TargetLatents(feature, batch, alpha, self.samples, self.batch)
+        keys = sample_keys(feature.seed, batch.sample_ids, "generator noise", device)
+
+        def fake(draw: int) -> Tensor:
+            return self._generated(backbone, feature, at_input, batch, (logits, mean, log_std), keys, draw)
+
+        curve, draw = [], 0
+        for _ in range(steps):
+            for _ in range(self.generator_updates):
+                generator_optimiser.zero_grad()
+                (-_criticise(critics, fake(draw)).mean(1).sum()).backward()
+                generator_optimiser.step()
+                draw += 1
+            for _ in range(self.critic_updates):
+                critic_optimiser.zero_grad()
+                with torch.no_grad():
+                    generated, wanted = fake(draw), real.draw(draw)
+                distance = _criticise(critics, wanted).mean(1) - _criticise(critics, generated).mean(1)
+                (-distance.sum()).backward()
+                critic_optimiser.step()
+                with torch.no_grad():
+                    for weights in critics:
+                        weights.clamp_(-self.clip, self.clip)
+                draw += 1
+            curve.append(distance.detach())
+        found = torch.sigmoid(logits.detach())
+        return found, torch.stack(curve, 1) if curve else found.new_zeros(len(batch), 0)
+
+    def _generated(
+        self,
+        backbone: Backbone,
+        feature: Bottleneck,
+        at_input: Bottleneck,
+        batch: Batch,
+        generator: tuple[Tensor, Tensor, Tensor],
+        keys: Tensor,
+        draw: int,
+    ) -> Tensor:
+        """f(Z_G) as maps, [B, batch, C, h, w]; eps_G has a learned mean and deviation a pixel."""
+        logits, mean, log_std = generator
+        mask = torch.sigmoid(logits)[:, None]
+        places = torch.arange(self.batch, device=keys.device)
+        steps = draw * self.batch + places.repeat(len(batch))
+        noise = feature_noise(keys.repeat_interleave(self.batch), steps, batch.inputs.shape[1:])
+        noise = noise.unflatten(0, (len(batch), self.batch)) * log_std.exp()[:, None] + mean[:, None]
+        eps = at_input.statistics.mean + at_input.statistics.std * noise
+        masked = (mask * batch.inputs[:, None] + (1 - mask) * eps).flatten(0, 1)
+        latents = torch.cat([feature.split.head(rows).values for rows in masked.split(backbone.max_passes)])
+        return feature.grid.to_map(latents).unflatten(0, (len(batch), self.batch))
+
+
+class _TargetLatents:
+    """The critic's data: `count` latents of P(Z*) a picture, handed out a random part at a time."""
+
+    def __init__(self, feature: Bottleneck, batch: Batch, alpha: Tensor, count: int, size: int) -> None:
+        self.feature, self.size, self.count = feature, size, count
+        self.mean, self.std = target_distribution(feature, batch, alpha)
+        self.keys = sample_keys(feature.seed, batch.sample_ids, "target latents", alpha.device)
+        self.order = sample_keys(feature.seed, batch.sample_ids, "order of target latents", alpha.device)
+
+    def draw(self, step: int) -> Tensor:
+        """[B, size, C, h, w]. A latent is a function of its number, so the 200 need not be kept."""
+        number = (uniform(self.order, step, (self.size,)) * self.count).long().clamp_max(self.count - 1)
+        noise = feature_noise(self.keys.repeat_interleave(self.size), number.flatten(), self.mean.shape[1:])
+        latents = self.mean[:, None] + self.std[:, None] * noise.unflatten(0, (len(self.keys), self.size))
+        return self.feature.grid.to_map(latents.flatten(0, 1)).unflatten(0, (len(self.keys), self.size))
+
+
+_CONVOLUTIONS = ((4, 2, 1), (4, 2, 1), (3, 1, 1))  # kernel, stride, padding
+_HIDDEN = 256
+
+
+def _start_critics(feature: Bottleneck, batch: Batch, width: int) -> list[Tensor]:
+    """Stacked weights, [B, ...] each: three convolutions with batch norm, two linear layers; drawn for the sample."""
+    with torch.no_grad():
+        channels, height, side = feature.grid.to_map(feature.split.head(batch.inputs[:1]).values).shape[1:]
+    widths = (channels, width, 2 * width, width)
+    shapes: list[tuple[tuple[int, ...], int]] = []
+    for (kernel, stride, padding), before, after in zip(_CONVOLUTIONS, widths[:-1], widths[1:], strict=True):
+        shapes.append(((after, before, kernel, kernel), before * kernel**2))
+        height = (height + 2 * padding - kernel) // stride + 1
+        side = (side + 2 * padding - kernel) // stride + 1
+    shapes += [((_HIDDEN, width * height * side), width * height * side), ((1, _HIDDEN), _HIDDEN)]
+    keys = sample_keys(feature.seed, batch.sample_ids, "critic weights", batch.inputs.device)
+    return [
+        (normal(keys, number, shape) * fan_in**-0.5).requires_grad_() for number, (shape, fan_in) in enumerate(shapes)
+    ]
+
+
+def _criticise(critics: list[Tensor], latents: Tensor) -> Tensor:
+    """[B, n]: each picture's critic on its latents [B, n, C, h, w]."""
+    run: Callable[..., Tensor] = torch.func.vmap(_critic)
+    return run(tuple(critics), latents)
+
+
+def _critic(weights: tuple[Tensor, ...], latents: Tensor) -> Tensor:
+    """[n] from [n, C, h, w], with one picture's weights."""
+    *convolutions, hidden, last = weights
+    values = latents
+    for kernel, (_, stride, padding) in zip(convolutions, _CONVOLUTIONS, strict=True):
+        values = F.conv2d(values, kernel, stride=stride, padding=padding)
+        centred = values - values.mean((0, 2, 3), keepdim=True)
+        values = F.leaky_relu(centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt(), 0.2)
+    return (F.leaky_relu(values.flatten(1) @ hidden.T, 0.2) @ last.T)[:, 0]

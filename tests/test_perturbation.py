@@ -1,0 +1,79 @@
+"""Baselines: the blur against scipy in float64, and what it must keep."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from networks import noise_pictures, relative
+
+from ibxai.errors import UserError
+from ibxai.methods.perturbation import BASELINES, baseline_picture, gaussian_blur
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.3, 4.0])
+@pytest.mark.parametrize("shape", [(3, 40, 40), (1, 25, 60)])
+def test_blur_is_scipys(sigma: float, shape: tuple[int, int, int]) -> None:
+    pictures = noise_pictures(2, shape)
+    wanted = scipy.ndimage.gaussian_filter(
+        pictures.double().numpy(), sigma, mode="mirror", radius=math.ceil(3 * sigma), axes=(2, 3)
+    )
+    found = gaussian_blur(pictures, sigma)
+    assert found.dtype == torch.float32
+    assert relative(found, torch.from_numpy(wanted)) < 1e-5
+    assert relative(found, pictures) > 0.05
+
+
+def test_ten_pixels_reach_three_deviations() -> None:
+    """The sigma of the metrics' YAMLs, with scipy's own truncation at three deviations."""
+    pictures = noise_pictures(1, (1, 64, 70))
+    wanted = scipy.ndimage.gaussian_filter(pictures.double().numpy(), 10, mode="mirror", truncate=3, axes=(2, 3))
+    assert relative(gaussian_blur(pictures, 10.0), torch.from_numpy(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (3, 40, 5), (2, 2, 3), (1, 1, 1), (1, 1, 9)])
+def test_pictures_smaller_than_the_kernel(shape: tuple[int, int, int]) -> None:
+    pictures = noise_pictures(2, shape)
+    sigma = 10.0
+    wanted = pictures.double().numpy()
+    for axis in (2, 3):
+        radius = min(30, pictures.shape[axis] - 1)
+        wanted = scipy.ndimage.gaussian_filter1d(wanted, sigma, axis=axis, mode="mirror", radius=radius)
+    found = gaussian_blur(pictures, sigma)
+    assert found.shape == pictures.shape
+    assert relative(found, torch.from_numpy(wanted)) < 1e-5
+
+
+def test_blur_keeps_constants_and_each_channels_mean_colour() -> None:
+    colours = torch.tensor([[0.3, -2.0, 5.0]]).view(1, 3, 1, 1).expand(1, 3, 33, 21).contiguous()
+    torch.testing.assert_close(gaussian_blur(colours, 7.0), colours, rtol=1e-6, atol=1e-6)
+
+
+def test_blur_is_each_pictures_own() -> None:
+    pictures = noise_pictures(4)
+    together = gaussian_blur(pictures, 3.0)
+    for i in range(4):
+        torch.testing.assert_close(gaussian_blur(pictures[i : i + 1], 3.0)[0], together[i], rtol=1e-6, atol=1e-6)
+
+
+def test_baselines() -> None:
+    pictures = noise_pictures(2)
+    before = pictures.clone()
+    assert torch.equal(baseline_picture(pictures, "constant", 3.0, -0.7), torch.full_like(pictures, -0.7))
+    assert torch.equal(baseline_picture(pictures, "blur", 3.0, -0.7), gaussian_blur(pictures, 3.0))
+    assert torch.equal(pictures, before)
+    assert set(BASELINES) == {"blur", "constant"}
+    with pytest.raises(UserError, match=r"no baseline 'blurr'.*blur"):
+        baseline_picture(pictures, "blurr", 3.0, 0.0)
+
+
+def test_the_blurs_impulse_response() -> None:
+    picture = torch.zeros(1, 1, 41, 41)
+    picture[0, 0, 20, 20] = 1
+    found = gaussian_blur(picture, 4.0)[0, 0].double().numpy()
+    offsets = np.arange(-20, 21)
+    kernel = np.where(abs(offsets) <= 12, np.exp(-(offsets**2) / 32), 0)
+    np.testing.assert_allclose(found, np.outer(kernel, kernel) / kernel.sum() ** 2, atol=1e-7)
