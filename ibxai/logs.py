@@ -16,7 +16,7 @@ from ibxai.store import explained_os_errors
 _LOGGER = logging.getLogger("ibxai")
 
 
-class _Keep(logging.Handler):
+class Said(logging.Handler):
     """records: all that was shown so far. messages: its warnings. told: what to do at once with each of these."""
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class _File(logging.FileHandler):
 
 
 @contextmanager
-def run_log() -> Iterator[_Keep]:
+def run_log() -> Iterator[Said]:
     """Show the package's messages on stderr, and keep its warnings, as long as the block runs."""
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(logging.Formatter("%(message)s"))
-    kept = _Keep()
+    kept = Said()
     level, propagates = _LOGGER.level, _LOGGER.propagate
     _LOGGER.setLevel(logging.INFO)
     _LOGGER.addHandler(shown)

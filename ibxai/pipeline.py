@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from ibxai.backbones import Backbone
 from ibxai.errors import BadSample, UserError
 from ibxai.identity import NUMERIC_MODE, identify, metric_key, now, provenance
-from ibxai.logs import also_to_file, run_log
+from ibxai.logs import Said, also_to_file, run_log
 from ibxai.report import write_report
 from ibxai.store import RunStore, digest
 from ibxai.targets import ClassTarget, TargetSpec
@@ -95,32 +95,52 @@ def run(plan: Plan) -> Outcome:
         if not left.rows and store.is_reported():
             return Outcome(store.path, report, left.wanted, 0, 0, {})
         _check_parts(plan, samples[: plan.limit], backbone)
-        record, class_names = provenance(plan, backbone, identity), _class_names(plan, backbone)
-        for note in record["notes"]:
-            log.warning("%s", note)
-        record["notes"] = list(dict.fromkeys([*store.notes(), *said.messages]))
-
-        def keep_note(note: str) -> None:
-            """At once: when this process is killed its heatmaps stay, and what must be told of them."""
-            if note not in record["notes"]:
-                record["notes"].append(note)
-                store.write_provenance(record)
-
-        try:
-            store.begin(OmegaConf.to_yaml(plan.settings), record, class_names, all_rows(plan, samples))
-            said.told = keep_note
-            with also_to_file(store.path / "run.log", said.records), backbone.counting() as passes:
-                _announce(plan, backbone, left)
-                worker = Worker(plan, backbone, store, left)
-                skipped = worker.work_off(samples[: plan.limit])
-        except UserError:
-            store.discard()
-            raise
+        record = _begin(plan, samples, backbone, store, identity, said)
+        worker = Worker(plan, backbone, store, left)
+        logged = also_to_file(store.path / "run.log", said.records)
+        with _discarded_on_error(store), logged, backbone.counting() as passes:
+            _announce(plan, backbone, left)
+            skipped = worker.work_off(samples[: plan.limit])
         record |= {"passes": dict(passes), "seconds": round(time.perf_counter() - started, 1), "finished": now()}
         store.write_provenance(record)
         report = write_report(store)
     rows = left.wanted - len(skipped) * len(plan.target.names())
     return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped)
+
+
+def _begin(
+    plan: Plan,
+    samples: Sequence[Sample],
+    backbone: Backbone,
+    store: RunStore,
+    identity: Mapping[str, Any],
+    said: Said,
+) -> dict[str, Any]:
+    """Write what describes the run. What must be told of it is added at once: a killed process leaves its heatmaps."""
+    record, class_names = provenance(plan, backbone, identity), _class_names(plan, backbone)
+    for note in record["notes"]:
+        log.warning("%s", note)
+    record["notes"] = list(dict.fromkeys([*store.notes(), *said.messages]))
+
+    def keep_note(note: str) -> None:
+        if note not in record["notes"]:
+            record["notes"].append(note)
+            store.write_provenance(record)
+
+    with _discarded_on_error(store):
+        store.begin(OmegaConf.to_yaml(plan.settings), record, class_names, all_rows(plan, samples))
+    said.told = keep_note
+    return record
+
+
+@contextmanager
+def _discarded_on_error(store: RunStore) -> Iterator[None]:
+    """A run that a user's mistake ends leaves no folder behind, unless something is finished in it."""
+    try:
+        yield
+    except UserError:
+        store.discard()
+        raise
 
 
 def _check_rows(plan: Plan, samples: Sequence[Sample]) -> None:

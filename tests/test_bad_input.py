@@ -97,7 +97,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         (["batch_size=-1"], "batch_size=-1"),
         (["batchsize=4"], "Did you mean batch_size"),
         (["method=gradcan"], "Did you mean gradcam"),
-        (["method=gradcam", "method.layer=nope"], "has no layer 'nope'. There are: "),
+        (["method=gradcam", "method.layer=nope"], "has no layer 'nope'. Roles: "),
         (["method=gradcam", "method.layer=gradcm"], "Did you mean gradcam"),
         (["method=iba", "method.steps=0"], "method.steps is 0"),
         (["method.scale=much"], "method.scale=much: a number is expected"),
