@@ -62,8 +62,8 @@ class ClassTarget:
             return -self.loss(out)
         if bound == "probability":
             return self.score(out, "probability")
-        others = out.scatter(1, self._bound()[:, None], -torch.inf)
-        return out.logsumexp(1) - others.logsumexp(1)
+        others = out.scatter(1, self._bound()[:, None], -torch.inf).logsumexp(1)
+        return F.softplus(self.score(out, "logit") - others)
 
     def take(self, rows: Tensor) -> ClassTarget:
         return ClassTarget(self.classes[rows])

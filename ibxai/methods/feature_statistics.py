@@ -108,8 +108,9 @@ def estimate_statistics(
     """Statistics of several layers (names, roles or INPUT) in one pass over the reference batches, or from the cache.
 
     With fewer than `min_reference` pictures a deviation a neuron would be noise, so they are pooled over a channel's
-    places. Deviations are floored at `min_std`; a neuron counts as active when it differs from zero in more than
-    `active_share` of the pictures (of the pictures and places, when pooled). Raises UserError without reference.
+    places; those of INPUT always are. Deviations are floored at `min_std`; a neuron counts as active when it differs
+    from zero in more than `active_share` of the pictures (of pictures and places, when pooled). Raises UserError
+    without reference.
 
     A reference with a `cache` folder and a `digest` (the pipeline's) keeps the moments there, by content: network,
     layer, preprocessing and pictures.
@@ -124,7 +125,8 @@ def estimate_statistics(
     for layer in layers:
         shape = backbone.preprocessing.input_shape if layer == INPUT else backbone.layers[backbone.layer(layer)]
         grid = FeatureGrid.of(shape, layer)
-        statistics[layer] = _settled(moments[layer], grid, backbone.device, min_reference, min_std, active_share)
+        enough = moments[layer].count >= min_reference and layer != INPUT
+        statistics[layer] = _settled(moments[layer], grid, backbone.device, not enough, min_std, active_share)
     return statistics
 
 
@@ -133,6 +135,8 @@ def _stream(backbone: Backbone, layers: Sequence[str], reference: Iterable[Batch
     moments: dict[str, _Moments] = {}
     inside = [layer for layer in layers if layer != INPUT]
     for batch in reference:
+        if not len(batch):
+            continue
         inputs = batch.inputs.to(backbone.device)
         with torch.no_grad():
             features = backbone.features(inputs, inside) if inside else {}
@@ -162,12 +166,11 @@ def _settled(
     moments: _Moments,
     grid: FeatureGrid,
     device: torch.device,
-    min_reference: int,
+    pooled: bool,
     min_std: float,
     active_share: float,
 ) -> FeatureStatistics:
     mean, variance, share = moments.mean, moments.variance, moments.nonzero
-    pooled = moments.count < min_reference
     if pooled:
         centre = mean.mean(grid.places, keepdim=True)
         variance = (variance + (mean - centre) ** 2).mean(grid.places, keepdim=True)

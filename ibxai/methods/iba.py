@@ -27,6 +27,7 @@ from ibxai.backbones import Backbone
 from ibxai.errors import UserError
 from ibxai.methods.bottleneck import Bottleneck, Mask, Search
 from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics, estimate_statistics
+from ibxai.methods.settings import check_not_negative, check_positive
 from ibxai.types import Attribution, Attributor, Batch, Target
 
 log = logging.getLogger(__name__)
@@ -63,23 +64,26 @@ class BottleneckSettings:
         if self.beta_per not in ("neuron", "pixel"):
             raise UserError(f"method.beta_per is '{self.beta_per}': neuron or pixel is expected.")
 
-    def bottlenecks(
-        self, backbone: Backbone, layers: Sequence[str], reference: Iterable[Batch], seed: int
-    ) -> list[Bottleneck]:
-        """One bottleneck a layer, with these settings; their statistics come from one pass over the reference.
+    def statistics(
+        self, backbone: Backbone, layers: Sequence[str], reference: Iterable[Batch]
+    ) -> dict[str, FeatureStatistics]:
+        """Of these layers, with these settings, in one pass over the reference; warns when they had to be pooled.
 
         Raises UserError when a layer does not exist or does not lie on the picture.
         """
-        grids = [FeatureGrid.of(backbone.layers[backbone.layer(layer)], layer) for layer in layers]
-        statistics = estimate_statistics(
-            backbone, layers, reference, self.min_reference, self.min_std, self.active_share
-        )
-        _tell_if_pooled(statistics[layers[0]], self.min_reference)
+        found = estimate_statistics(backbone, layers, reference, self.min_reference, self.min_std, self.active_share)
+        _tell_if_pooled(found[layers[0]], self.min_reference)
+        return found
+
+    def bottlenecks(
+        self, backbone: Backbone, layers: Sequence[str], statistics: Mapping[str, FeatureStatistics], seed: int
+    ) -> list[Bottleneck]:
+        """One bottleneck a layer, with these settings."""
         return [
             Bottleneck(
                 split=backbone.split(layer),
                 purpose=backbone.layer(layer),
-                grid=grid,
+                grid=FeatureGrid.of(backbone.layers[backbone.layer(layer)], layer),
                 statistics=statistics[layer],
                 search=Search(self.learning_rate, self.steps, self.draws, self.initial_alpha, self.smoothing),
                 price=self.price(backbone, layer),
@@ -88,7 +92,7 @@ class BottleneckSettings:
                 loss=self.target_loss(),
                 most_rows=lambda: backbone.max_passes,
             )
-            for layer, grid in zip(layers, grids, strict=True)
+            for layer in layers
         ]
 
     def price(self, backbone: Backbone, layer: str) -> float:
@@ -117,7 +121,8 @@ class IBA(BottleneckSettings):
 
         Raises UserError when the layer does not exist or does not lie on the picture.
         """
-        (bottleneck,) = self.bottlenecks(backbone, [self.layer], reference, seed)
+        statistics = self.statistics(backbone, [self.layer], reference)
+        (bottleneck,) = self.bottlenecks(backbone, [self.layer], statistics, seed)
 
         def attribute(batch: Batch) -> Attribution:
             mask = bottleneck.find(batch)
@@ -135,20 +140,6 @@ def diagnostics_of(mask: Mask) -> dict[str, Tensor]:
         "target_loss_curve": mask.target_loss,
         "capacity_curve": mask.nats * bits,
     }
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Raises UserError for a setting that is not above 0."""
-    for name in names:
-        if getattr(settings, name) <= 0:
-            raise UserError(f"method.{name} is {getattr(settings, name)}: it must be above 0.")
-
-
-def check_not_negative(settings: object, *names: str) -> None:
-    """Raises UserError for a setting below 0."""
-    for name in names:
-        if getattr(settings, name) < 0:
-            raise UserError(f"method.{name} is {getattr(settings, name)}: it must not be negative.")
 
 
 def _tell_if_pooled(statistics: FeatureStatistics, min_reference: int) -> None:

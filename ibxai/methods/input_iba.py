@@ -25,12 +25,12 @@ from torch import Tensor
 from ibxai.backbones import Backbone, Features, Split
 from ibxai.errors import UserError
 from ibxai.methods.bottleneck import Bottleneck, Search
-from ibxai.methods.feature_statistics import INPUT, FeatureGrid, estimate_statistics
-from ibxai.methods.iba import IBA, check_not_negative, check_positive, diagnostics_of
+from ibxai.methods.feature_statistics import INPUT, FeatureGrid
+from ibxai.methods.iba import IBA, diagnostics_of
 from ibxai.methods.input_mask import DirectEstimator, WganEstimator
+from ibxai.methods.settings import check_not_negative, check_positive
 from ibxai.types import Attribution, Attributor, Batch
 
-_ALWAYS_POOLED = 2**62
 OUTPUTS = ("mask", "prior")
 
 
@@ -68,14 +68,14 @@ class InputIBA:
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Estimate statistics of the layer and of the input. Raises UserError as IBA does."""
-        (feature,) = self.feature.bottlenecks(backbone, [self.feature.layer], reference, seed)
-        noise = estimate_statistics(backbone, [INPUT], reference, _ALWAYS_POOLED, self.feature.min_std, 0.0)[INPUT]
+        statistics = self.feature.statistics(backbone, [self.feature.layer, INPUT], reference)
+        (feature,) = self.feature.bottlenecks(backbone, [self.feature.layer], statistics, seed)
         _, height, width = backbone.preprocessing.input_shape
         at_input = Bottleneck(
             split=Split(Features, lambda f: backbone(f.values if isinstance(f, Features) else f)),
             purpose=INPUT,
             grid=FeatureGrid("map", height, width),
-            statistics=noise,
+            statistics=statistics[INPUT],
             search=Search(self.learning_rate, self.steps, self.draws, self.initial_alpha, self.smoothing),
             price=self.beta / torch.Size(backbone.preprocessing.input_shape).numel(),
             seed=seed,

@@ -7,7 +7,7 @@ Z_G = lambda_G I + (1 - lambda_G) eps_G such that f(Z_G) is distributed as Z* (I
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from ibxai.backbones import Backbone
 from ibxai.draws import normal, sample_keys, uniform
+from ibxai.errors import UserError
 from ibxai.methods.bottleneck import Bottleneck, Smoothing, feature_noise
+from ibxai.methods.settings import check_not_negative, check_positive
 from ibxai.types import Batch
 
 _START_RANGE = (0.05, 0.95)  # a mask that starts at 0 or 1 has no gradient to leave it
@@ -35,6 +37,12 @@ class DirectEstimator:
     steps: int = 20
     draws: int = 4
     smoothing: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "steps", part="method.direct")
+        check_not_negative(self, "smoothing", part="method.direct")
+        if self.draws < 2:
+            raise UserError(f"method.direct.draws is {self.draws}: a deviation needs 2 or more.")
 
     def estimate(
         self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
@@ -120,6 +128,11 @@ class WganEstimator:
     clip: float = 0.01
     width: int = 64
 
+    def __post_init__(self) -> None:
+        rates = ("mask_rate", "mean_rate", "std_rate", "critic_rate")
+        check_not_negative(self, *rates, part="method.wgan")
+        check_positive(self, *(f.name for f in fields(self) if f.name not in rates), part="method.wgan")
+
     def estimate(
         self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
@@ -128,7 +141,7 @@ class WganEstimator:
         logits = starting_logits(feature, batch, alpha).requires_grad_()
         mean = torch.zeros_like(logits).requires_grad_()
         log_std = torch.zeros_like(logits).requires_grad_()
-        critics = _start_critics(feature, batch, self.width)
+        critics = _start_critics(feature, batch, self.width, self.clip)
         generator_optimiser = torch.optim.RMSprop(
             [
                 {"params": [logits], "lr": self.mask_rate},
@@ -209,8 +222,8 @@ _CONVOLUTIONS = ((4, 2, 1), (4, 2, 1), (3, 1, 1))  # kernel, stride, padding
 _HIDDEN = 256
 
 
-def _start_critics(feature: Bottleneck, batch: Batch, width: int) -> list[Tensor]:
-    """Stacked weights, [B, ...] each: three convolutions with batch norm, two linear layers; drawn for the sample."""
+def _start_critics(feature: Bottleneck, batch: Batch, width: int, clip: float) -> list[Tensor]:
+    """Stacked weights, [B, ...] each, clipped: three convolutions (batch norm between), two linear layers."""
     with torch.no_grad():
         channels, height, side = feature.grid.to_map(feature.split.head(batch.inputs[:1]).values).shape[1:]
     widths = (channels, width, 2 * width, width)
@@ -219,11 +232,12 @@ def _start_critics(feature: Bottleneck, batch: Batch, width: int) -> list[Tensor
         shapes.append(((after, before, kernel, kernel), before * kernel**2))
         height = (height + 2 * padding - kernel) // stride + 1
         side = (side + 2 * padding - kernel) // stride + 1
+    if min(height, side) < 1:
+        raise UserError("The critic of method.estimator=wgan needs a layer of at least 4 x 4 cells.")
     shapes += [((_HIDDEN, width * height * side), width * height * side), ((1, _HIDDEN), _HIDDEN)]
     keys = sample_keys(feature.seed, batch.sample_ids, "critic weights", batch.inputs.device)
-    return [
-        (normal(keys, number, shape) * fan_in**-0.5).requires_grad_() for number, (shape, fan_in) in enumerate(shapes)
-    ]
+    starts = [normal(keys, number, shape) * fan_in**-0.5 for number, (shape, fan_in) in enumerate(shapes)]
+    return [weights.clamp_(-clip, clip).requires_grad_() for weights in starts]
 
 
 def _criticise(critics: list[Tensor], latents: Tensor) -> Tensor:

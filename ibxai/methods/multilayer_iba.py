@@ -41,6 +41,8 @@ class MultilayerIBA(BottleneckSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"method.layers is {list(self.layers)}: each layer counts once.")
         if not self.layers:
             raise UserError("method.layers is empty: name at least one layer or role.")
         if self.combine not in ("sum", "intersection"):
@@ -52,7 +54,7 @@ class MultilayerIBA(BottleneckSettings):
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Statistics of all layers from one pass over the reference. Raises UserError as IBA does."""
-        bottlenecks = self.bottlenecks(backbone, self.layers, reference, seed)
+        bottlenecks = self.bottlenecks(backbone, self.layers, self.statistics(backbone, self.layers, reference), seed)
 
         def attribute(batch: Batch) -> Attribution:
             size = (batch.inputs.shape[-2], batch.inputs.shape[-1])

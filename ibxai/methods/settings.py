@@ -1,0 +1,19 @@
+"""Checks that the settings of several methods share."""
+
+from __future__ import annotations
+
+from ibxai.errors import UserError
+
+
+def check_positive(settings: object, *names: str, part: str = "method") -> None:
+    """Raises UserError for a setting that is not above 0."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"{part}.{name} is {getattr(settings, name)}: it must be above 0.")
+
+
+def check_not_negative(settings: object, *names: str, part: str = "method") -> None:
+    """Raises UserError for a setting below 0, or no number."""
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise UserError(f"{part}.{name} is {getattr(settings, name)}: it must not be negative.")
