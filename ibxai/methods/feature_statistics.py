@@ -115,6 +115,9 @@ def estimate_statistics(
     A reference with a `cache` folder and a `digest` (the pipeline's) keeps the moments there, by content: network,
     layer, preprocessing and pictures.
     """
+    shapes = {name: backbone.layers[backbone.layer(name)] for name in layers if name != INPUT}
+    shapes[INPUT] = backbone.preprocessing.input_shape
+    grids = {name: FeatureGrid.of(shapes[name], name) for name in layers}  # before the reference is gone through
     moments = _cached(backbone, layers, reference)
     missing = [layer for layer in layers if layer not in moments]
     if missing:
@@ -123,10 +126,8 @@ def estimate_statistics(
         moments |= found
     statistics = {}
     for layer in layers:
-        shape = backbone.preprocessing.input_shape if layer == INPUT else backbone.layers[backbone.layer(layer)]
-        grid = FeatureGrid.of(shape, layer)
         enough = moments[layer].count >= min_reference and layer != INPUT
-        statistics[layer] = _settled(moments[layer], grid, backbone.device, not enough, min_std, active_share)
+        statistics[layer] = _settled(moments[layer], grids[layer], backbone.device, not enough, min_std, active_share)
     return statistics
 
 
