@@ -161,7 +161,7 @@ def told(outcome: Outcome) -> str:
     """What a run did, for its user, in one line."""
     rows, present = _count(outcome.rows, "row"), outcome.rows - outcome.new_heatmaps
     if not outcome.new_heatmaps and not outcome.new_scores:
-        return f"nothing left to do: all {rows} were there already"
+        return f"nothing left to do: {rows} there already"
     made = f"{rows}: {_count(outcome.new_heatmaps, 'heatmap')} and {_count(outcome.new_scores, 'score')} made"
     return f"{made}, {_count(present, 'heatmap')} there already" if present else made
 

@@ -410,7 +410,7 @@ def test_end_of_a_run_names_the_report(
     outcome = pipeline.Outcome(Path("o/x"), Path("o/x/report.html"), rows=7, new_heatmaps=5, new_scores=10, skipped={})
     for result, code, text in [
         (outcome, 0, "7 rows: 5 heatmaps and 10 scores made, 2 heatmaps there already\n"),
-        (replace(outcome, new_heatmaps=0, new_scores=0), 0, "nothing left to do: all 7 rows were there already\n"),
+        (replace(outcome, new_heatmaps=0, new_scores=0), 0, "nothing left to do: 7 rows there already\n"),
         (replace(outcome, new_heatmaps=7, new_scores=1), 0, "7 rows: 7 heatmaps and 1 score made\n"),
         (
             replace(outcome, new_heatmaps=7, skipped={"a": "why"}),
