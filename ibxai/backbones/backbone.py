@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _ROWS = 4
 _EXAMPLES = 3  # rows of the pictures that a network is traced with
-ROLES = ("gradcam", "bottleneck", "early", "mid", "late")
 
 
 @dataclass(frozen=True)
