@@ -5,6 +5,7 @@ before it is changed.
 """
 
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
-        subprocess.run(["python3", "-m", "venv", place], check=True)
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
         pip = f"{place}/bin/pip"
         subprocess.run([pip, "install", "--quiet", *PAIR, "--editable", f"{ROOT}[dev]"], check=True)
         frozen = subprocess.run([pip, "freeze", "--exclude-editable"], check=True, capture_output=True, text=True)

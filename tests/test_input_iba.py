@@ -24,7 +24,7 @@ from torch.distributions import Normal, kl_divergence
 from ibxai.backbones import Backbone, freeze
 from ibxai.errors import UserError
 from ibxai.methods import IBA, InputIBA
-from ibxai.methods.bottleneck import Bottleneck, gaussian_kl
+from ibxai.methods.bottleneck import Bottleneck, Mask, gaussian_kl
 from ibxai.methods.feature_statistics import FeatureStatistics
 from ibxai.methods.input_mask import (
     DirectEstimator,
@@ -216,7 +216,13 @@ def parts(backbone: Backbone, feature: IBA = FEATURE, known: list[Batch] = KNOWN
 
     attribute = InputIBA(feature=feature, direct=Noting(steps=1), output="prior").fit(backbone, known, 0)
     attribute(batch_of(noise_pictures(1), [0]))
-    return seen[0][1], seen[0][2]
+    return seen[0][0], seen[0][1]
+
+
+def latent_of(feature: Bottleneck, batch: Batch, alpha: Tensor) -> Mask:
+    """A mask of step 1 with these logits."""
+    nothing = torch.zeros(len(batch), 0)
+    return Mask(feature.split.head(batch.inputs).values, alpha, torch.zeros_like(alpha), nothing, nothing)
 
 
 class Seen(nn.Module):
@@ -242,7 +248,7 @@ def test_the_direct_estimator_finds_the_mask_that_induces_the_bottleneck() -> No
     wanted[1] = wanted[1].flip(0)
     wanted[2, :, :16] = 0.7
     estimator = DirectEstimator(steps=60, draws=16, smoothing=0.0, learning_rate=0.3)
-    found, curve = estimator.estimate(backbone, feature, at_input, batch, torch.logit(wanted), 60)
+    found, curve = estimator.estimate(feature, at_input, batch, latent_of(feature, batch, torch.logit(wanted)), 60)
     assert curve.shape == (3, 60)
     assert (curve[:, -1] < 0.1 * curve[:, 0]).all()
     assert ((found - wanted).abs() < 0.1).float().mean() > 0.95
@@ -251,7 +257,7 @@ def test_the_direct_estimator_finds_the_mask_that_induces_the_bottleneck() -> No
 
 def distance_of(feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, mask: Tensor) -> Tensor:
     """[B]: W^2 between f(Z_G) and Z* from 200 draws of torch's own noise, in float64."""
-    wanted_mean, wanted_std = target_distribution(feature, batch, alpha)
+    wanted_mean, wanted_std = target_distribution(feature, latent_of(feature, batch, alpha))
     noise = torch.randn(200, *batch.inputs.shape, generator=torch.Generator().manual_seed(5))
     eps = at_input.statistics.mean + at_input.statistics.std * noise
     masked = (mask * batch.inputs + (1 - mask) * eps).flatten(0, 1)
@@ -266,13 +272,13 @@ def test_the_direct_estimators_distance_falls_behind_a_whole_network() -> None:
     feature, at_input = parts(backbone, IBA(layer="stage3", smoothing=0.0, steps=10, draws=4, beta=1.0), known)
     alpha = feature.find(batch).alpha
     estimator = DirectEstimator(steps=25, draws=8, smoothing=0.0)
-    found, curve = estimator.estimate(backbone, feature, at_input, batch, alpha, 25)
+    found, curve = estimator.estimate(feature, at_input, batch, latent_of(feature, batch, alpha), 25)
     assert found.shape == batch.inputs.shape
     assert found.min() >= 0
     assert found.max() <= 1
     assert (curve[:, -1] < 0.75 * curve[:, 0]).all()
     # not only by its own account, and the account itself is right up to what 8 draws leave open
-    start, nothing = estimator.estimate(backbone, feature, at_input, batch, alpha, 0)
+    start, nothing = estimator.estimate(feature, at_input, batch, latent_of(feature, batch, alpha), 0)
     assert nothing.shape == (4, 0)
     before = distance_of(feature, at_input, batch, alpha, start)
     after = distance_of(feature, at_input, batch, alpha, found)
@@ -300,7 +306,7 @@ def test_the_start_is_even_over_colours_and_within_reach() -> None:
     feature, _ = parts(patches_backbone())
     alpha = noise_pictures(5, (3, 8, 8), seed=3)
     alpha[4] = 5.0  # a mask that is the same everywhere
-    start = torch.sigmoid(starting_logits(feature, planted(), alpha))
+    start = torch.sigmoid(starting_logits(feature, planted(), latent_of(feature, planted(), alpha)))
     assert start.shape == (5, 3, 32, 32)
     assert start.isfinite().all()
     assert torch.equal(start[:, 0], start[:, 1])
@@ -317,7 +323,7 @@ def test_the_target_distribution_is_iba_bottleneck() -> None:
     known = dataclasses.replace(feature.statistics, active=active)
     feature = dataclasses.replace(feature, statistics=known)
     alpha = noise_pictures(5, (3, 8, 8), seed=3)
-    mean, std = target_distribution(feature, planted(), alpha)
+    mean, std = target_distribution(feature, latent_of(feature, planted(), alpha))
     lam, cells = torch.sigmoid(alpha.double()), feature.split.head(planted().inputs).values.double()
     torch.testing.assert_close(mean.double(), (lam * cells + (1 - lam) * known.mean) * active, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(std.double(), (1 - lam) * known.std * active, rtol=1e-4, atol=1e-5)

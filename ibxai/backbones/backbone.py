@@ -75,10 +75,11 @@ class Backbone:
         shape = (_EXAMPLES, *preprocessing.input_shape)
         example = torch.zeros(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
         self._plain = _frozen(network)  # for layers that the graph cannot be cut at
-        self._check_output(self._plain, example)
+        expected = self._checked_output(example)
+        self.outputs = expected.shape[1]
         self._trace: Trace | None
         try:
-            self._trace = Trace(self._plain, example)
+            self._trace = Trace(self._plain, example, expected)
             self._network: nn.Module = self._trace.module.eval()
             self.layers = self._trace.shapes
         except Untraceable as reason:
@@ -90,6 +91,7 @@ class Backbone:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._counter: Counter[str] | None = None
         self._cuts: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._extractors: dict[tuple[str, ...], nn.Module] = {}
         for role, layer in self.roles.items():
             if layer not in self.layers:
                 raise UserError(f"The layer of role '{role}': {self._unknown_layer(layer)}")
@@ -98,21 +100,23 @@ class Backbone:
         """Move the weights; the cuts share them."""
         self._network.to(device)
         self._cuts.clear()
+        self._extractors.clear()
         return self
 
     @property
     def device(self) -> torch.device:
         return next(self._network.parameters()).device
 
-    def _check_output(self, network: nn.Module, example: Tensor) -> None:
+    def _checked_output(self, example: Tensor) -> Tensor:
+        """What the network says of the example, [B, K]."""
         with torch.no_grad():
-            out = network(example)
+            out = self._plain(example)
         if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(example):
             found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise UserError(
                 f"{self.name} returns {found} for pictures {list(example.shape)}: wrap it to return one tensor [B, K]."
             )
-        self.outputs = out.shape[1]
+        return out
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Logits or values [B, K] of inputs [B, C, H, W]."""
@@ -156,7 +160,9 @@ class Backbone:
         names = [self.layer(name) for name in layers]
         if self._trace is not None:
             self._count("head forward", inputs)
-            return dict(zip(layers, self._in_pieces(self._trace.extractor(names), inputs), strict=True))
+            if (key := tuple(names)) not in self._extractors:
+                self._extractors[key] = self._trace.extractor(names)
+            return dict(zip(layers, self._in_pieces(self._extractors[key], inputs), strict=True))
         return self._hooked_features(inputs, layers, names)
 
     def _hooked_features(self, inputs: Tensor, layers: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:

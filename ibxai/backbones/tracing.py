@@ -69,15 +69,14 @@ class Trace:
     folded: convolution -> the batch norm that is folded into it; the convolution alone is no layer any more.
     """
 
-    def __init__(self, network: nn.Module, example: Tensor) -> None:
-        """network: in eval mode, frozen; it is copied. example: [2, C, H, W]. Raises Untraceable."""
+    def __init__(self, network: nn.Module, example: Tensor, expected: Tensor) -> None:
+        """network: in eval mode, frozen; it is copied. expected: its output for example. Raises Untraceable."""
         network = copy.deepcopy(network)
         tracer = _NamingTracer()
         try:
             graph = tracer.trace(network)
             self.module = fx.GraphModule(network, graph)
             with torch.no_grad():
-                expected = network(example)
                 _settle_defaults(graph)
                 _separate_activations(self.module)
                 folded = _fold_batch_norms(self.module)

@@ -24,10 +24,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ibxai.backbones import Backbone
-from ibxai.errors import UserError
 from ibxai.methods.bottleneck import Bottleneck, Mask, Search
 from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics, estimate_statistics
-from ibxai.methods.settings import check_not_negative, check_positive
+from ibxai.methods.settings import check_choice, check_not_negative, check_positive
 from ibxai.types import Attribution, Attributor, Batch, Target
 
 log = logging.getLogger(__name__)
@@ -61,8 +60,7 @@ class BottleneckSettings:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "draws", "min_reference", "learning_rate", "min_std")
         check_not_negative(self, "beta", "smoothing", "active_share")
-        if self.beta_per not in ("neuron", "pixel"):
-            raise UserError(f"method.beta_per is '{self.beta_per}': neuron or pixel is expected.")
+        check_choice(self, "beta_per", "neuron", "pixel")
 
     def statistics(
         self, backbone: Backbone, layers: Sequence[str], reference: Iterable[Batch]

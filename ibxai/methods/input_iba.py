@@ -23,15 +23,12 @@ import torch
 from torch import Tensor
 
 from ibxai.backbones import Backbone, Features, Split
-from ibxai.errors import UserError
-from ibxai.methods.bottleneck import Bottleneck, Search
+from ibxai.methods.bottleneck import Bottleneck, Mask, Search
 from ibxai.methods.feature_statistics import INPUT, FeatureGrid
 from ibxai.methods.iba import IBA, diagnostics_of
 from ibxai.methods.input_mask import DirectEstimator, WganEstimator
-from ibxai.methods.settings import check_not_negative, check_positive
+from ibxai.methods.settings import check_choice, check_not_negative, check_positive
 from ibxai.types import Attribution, Attributor, Batch
-
-OUTPUTS = ("mask", "prior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +56,8 @@ class InputIBA:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "draws", "learning_rate")
         check_not_negative(self, "beta", "smoothing")
-        if self.estimator not in ("direct", "wgan", "none"):
-            raise UserError(f"method.estimator is '{self.estimator}': direct, wgan or none is expected.")
-        if self.output not in OUTPUTS:
-            raise UserError(f"method.output is '{self.output}': mask or prior is expected.")
+        check_choice(self, "estimator", "direct", "wgan", "none")
+        check_choice(self, "output", "mask", "prior")
 
     def fit(
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
@@ -86,7 +81,7 @@ class InputIBA:
 
         def attribute(batch: Batch) -> Attribution:
             latent = feature.find(batch)
-            prior, distance = self._prior(backbone, feature, at_input, batch, latent.alpha)
+            prior, distance = self._prior(feature, at_input, batch, latent)
             diagnostics = {"feature_capacity": diagnostics_of(latent)["capacity"], "distance_curve": distance}
             if self.output == "prior":
                 return Attribution(prior.mean(1), "mask", diagnostics)
@@ -96,10 +91,8 @@ class InputIBA:
 
         return attribute
 
-    def _prior(
-        self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _prior(self, feature: Bottleneck, at_input: Bottleneck, batch: Batch, latent: Mask) -> tuple[Tensor, Tensor]:
         """(lambda_G [B, C, H, W], distance curve [B, steps]) of step 2."""
         estimator = self.wgan if self.estimator == "wgan" else self.direct
         steps = 0 if self.estimator == "none" else estimator.steps
-        return estimator.estimate(backbone, feature, at_input, batch, alpha, steps)
+        return estimator.estimate(feature, at_input, batch, latent, steps)

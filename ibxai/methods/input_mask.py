@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ibxai.backbones import Backbone
 from ibxai.draws import normal, sample_keys, uniform
 from ibxai.errors import UserError
-from ibxai.methods.bottleneck import Bottleneck, Smoothing, feature_noise
+from ibxai.methods.bottleneck import Bottleneck, Mask, Smoothing, feature_noise
 from ibxai.methods.settings import check_not_negative, check_positive
 from ibxai.types import Batch
 
@@ -45,19 +44,20 @@ class DirectEstimator:
             raise UserError(f"method.direct.draws is {self.draws}: a deviation needs 2 or more.")
 
     def estimate(
-        self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
+        self, feature: Bottleneck, at_input: Bottleneck, batch: Batch, latent: Mask, steps: int
     ) -> tuple[Tensor, Tensor]:
         """(lambda_G [B, C, H, W], distance before each step [B, steps])."""
-        wanted_mean, wanted_std = target_distribution(feature, batch, alpha)
-        logits = starting_logits(feature, batch, alpha).requires_grad_()
+        wanted_mean, wanted_std = target_distribution(feature, latent)
+        logits = starting_logits(feature, batch, latent).requires_grad_()
         smooth = Smoothing(self.smoothing, logits.device)
         keys = sample_keys(feature.seed, batch.sample_ids, "input mask noise", logits.device)
         optimiser = torch.optim.Adam([logits], lr=self.learning_rate)
+        most = max(1, feature.most_rows() // self.draws)
         curve = []
         for step in range(steps):
             optimiser.zero_grad()
             total = torch.zeros(len(batch), device=logits.device)
-            for rows in torch.arange(len(batch), device=logits.device).split(max(1, backbone.max_passes // self.draws)):
+            for rows in torch.arange(len(batch), device=logits.device).split(most):
                 mask = smooth(torch.sigmoid(logits[rows]))
                 latents = self._latents(feature, at_input, batch.inputs[rows], mask, keys[rows], step)
                 scale = feature.statistics.std
@@ -76,29 +76,36 @@ class DirectEstimator:
         self, feature: Bottleneck, at_input: Bottleneck, inputs: Tensor, mask: Tensor, keys: Tensor, step: int
     ) -> Tensor:
         """f(Z_G): [B, draws, ...], of the pictures under their masks, with the reference pictures' noise."""
-        draws = torch.arange(self.draws, device=inputs.device)
-        noise = feature_noise(
-            keys.repeat_interleave(self.draws), step * self.draws + draws.repeat(len(inputs)), inputs.shape[1:]
-        )
-        eps = at_input.statistics.mean + at_input.statistics.std * noise.unflatten(0, (len(inputs), self.draws))
-        masked = mask[:, None] * inputs[:, None] + (1 - mask[:, None]) * eps
-        return feature.split.head(masked.flatten(0, 1)).values.unflatten(0, (len(inputs), self.draws))
+        return masked_latents(feature, at_input, inputs, mask, input_noise(keys, step, self.draws, inputs))
 
 
-def target_distribution(feature: Bottleneck, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def input_noise(keys: Tensor, step: int, draws: int, inputs: Tensor) -> Tensor:
+    """Standard normal [B, draws, C, H, W] for inputs [B, C, H, W]."""
+    places = torch.arange(draws, device=inputs.device).repeat(len(inputs))
+    noise = feature_noise(keys.repeat_interleave(draws), step * draws + places, inputs.shape[1:])
+    return noise.unflatten(0, (len(inputs), draws))
+
+
+def masked_latents(feature: Bottleneck, at_input: Bottleneck, inputs: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+    """f(Z_G) [B, draws, ...] of inputs and masks [B, C, H, W] with noise [B, draws, C, H, W] in the input's units."""
+    eps = at_input.statistics.mean + at_input.statistics.std * noise
+    masked = mask[:, None] * inputs[:, None] + (1 - mask[:, None]) * eps
+    return feature.split.head(masked.flatten(0, 1)).values.unflatten(0, noise.shape[:2])
+
+
+def target_distribution(feature: Bottleneck, latent: Mask) -> tuple[Tensor, Tensor]:
     """Mean and deviation of Z*, [B, ...] each, in the layer's shape."""
     with torch.no_grad():
-        features = feature.split.head(batch.inputs)
-        return feature.parts(features.values, feature.smoothed(torch.sigmoid(-alpha)))
+        return feature.parts(latent.features, feature.smoothed(torch.sigmoid(-latent.alpha)))
 
 
-def starting_logits(feature: Bottleneck, batch: Batch, alpha: Tensor) -> Tensor:
+def starting_logits(feature: Bottleneck, batch: Batch, latent: Mask) -> Tensor:
     """[B, C, H, W]: the feature mask's mean over channels, spread over the picture, the same for every input channel.
 
     Stretched to the picture's own range first: a mean over hundreds of channels leaves little contrast.
     """
     with torch.no_grad():
-        cells = feature.grid.to_map(torch.sigmoid(alpha)).mean(1, keepdim=True)
+        cells = feature.grid.to_map(torch.sigmoid(latent.alpha)).mean(1, keepdim=True)
         low, high = cells.amin((2, 3), keepdim=True), cells.amax((2, 3), keepdim=True)
         cells = (cells - low) / (high - low).clamp_min(1e-6)
         spread = F.interpolate(cells, size=batch.inputs.shape[-2:], mode="bilinear", align_corners=False)
@@ -134,14 +141,14 @@ class WganEstimator:
         check_positive(self, *(f.name for f in fields(self) if f.name not in rates), part="method.wgan")
 
     def estimate(
-        self, backbone: Backbone, feature: Bottleneck, at_input: Bottleneck, batch: Batch, alpha: Tensor, steps: int
+        self, feature: Bottleneck, at_input: Bottleneck, batch: Batch, latent: Mask, steps: int
     ) -> tuple[Tensor, Tensor]:
         """(lambda_G [B, C, H, W], the critic's estimate of the Wasserstein distance, a round each, [B, steps])."""
         device = batch.inputs.device
-        logits = starting_logits(feature, batch, alpha).requires_grad_()
+        logits = starting_logits(feature, batch, latent).requires_grad_()
         mean = torch.zeros_like(logits).requires_grad_()
         log_std = torch.zeros_like(logits).requires_grad_()
-        critics = _start_critics(feature, batch, self.width, self.clip)
+        critics = _start_critics(feature, batch, latent, self.width, self.clip)
         generator_optimiser = torch.optim.RMSprop(
             [
                 {"params": [logits], "lr": self.mask_rate},
@@ -150,11 +157,14 @@ class WganEstimator:
             ]
         )
         critic_optimiser = torch.optim.RMSprop(critics, lr=self.critic_rate)
-        real = _TargetLatents(feature, batch, alpha, self.samples, self.batch)
+        real = _TargetLatents(feature, batch, latent, self.samples, self.batch)
         keys = sample_keys(feature.seed, batch.sample_ids, "generator noise", device)
 
         def fake(draw: int) -> Tensor:
-            return self._generated(backbone, feature, at_input, batch, (logits, mean, log_std), keys, draw)
+            """f(Z_G) as maps, [B, batch, C, h, w]; eps_G has a learned mean and deviation a pixel."""
+            noise = input_noise(keys, draw, self.batch, batch.inputs) * log_std.exp()[:, None] + mean[:, None]
+            latents = masked_latents(feature, at_input, batch.inputs, torch.sigmoid(logits), noise)
+            return feature.grid.to_map(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
         curve, draw = [], 0
         for _ in range(steps):
@@ -178,37 +188,15 @@ class WganEstimator:
         found = torch.sigmoid(logits.detach())
         return found, torch.stack(curve, 1) if curve else found.new_zeros(len(batch), 0)
 
-    def _generated(
-        self,
-        backbone: Backbone,
-        feature: Bottleneck,
-        at_input: Bottleneck,
-        batch: Batch,
-        generator: tuple[Tensor, Tensor, Tensor],
-        keys: Tensor,
-        draw: int,
-    ) -> Tensor:
-        """f(Z_G) as maps, [B, batch, C, h, w]; eps_G has a learned mean and deviation a pixel."""
-        logits, mean, log_std = generator
-        mask = torch.sigmoid(logits)[:, None]
-        places = torch.arange(self.batch, device=keys.device)
-        steps = draw * self.batch + places.repeat(len(batch))
-        noise = feature_noise(keys.repeat_interleave(self.batch), steps, batch.inputs.shape[1:])
-        noise = noise.unflatten(0, (len(batch), self.batch)) * log_std.exp()[:, None] + mean[:, None]
-        eps = at_input.statistics.mean + at_input.statistics.std * noise
-        masked = (mask * batch.inputs[:, None] + (1 - mask) * eps).flatten(0, 1)
-        latents = torch.cat([feature.split.head(rows).values for rows in masked.split(backbone.max_passes)])
-        return feature.grid.to_map(latents).unflatten(0, (len(batch), self.batch))
-
 
 class _TargetLatents:
     """The critic's data: `count` latents of P(Z*) a picture, handed out a random part at a time."""
 
-    def __init__(self, feature: Bottleneck, batch: Batch, alpha: Tensor, count: int, size: int) -> None:
+    def __init__(self, feature: Bottleneck, batch: Batch, latent: Mask, count: int, size: int) -> None:
         self.feature, self.size, self.count = feature, size, count
-        self.mean, self.std = target_distribution(feature, batch, alpha)
-        self.keys = sample_keys(feature.seed, batch.sample_ids, "target latents", alpha.device)
-        self.order = sample_keys(feature.seed, batch.sample_ids, "order of target latents", alpha.device)
+        self.mean, self.std = target_distribution(feature, latent)
+        self.keys = sample_keys(feature.seed, batch.sample_ids, "target latents", latent.alpha.device)
+        self.order = sample_keys(feature.seed, batch.sample_ids, "order of target latents", latent.alpha.device)
 
     def draw(self, step: int) -> Tensor:
         """[B, size, C, h, w]. A latent is a function of its number, so the 200 need not be kept."""
@@ -222,10 +210,9 @@ _CONVOLUTIONS = ((4, 2, 1), (4, 2, 1), (3, 1, 1))  # kernel, stride, padding
 _HIDDEN = 256
 
 
-def _start_critics(feature: Bottleneck, batch: Batch, width: int, clip: float) -> list[Tensor]:
+def _start_critics(feature: Bottleneck, batch: Batch, latent: Mask, width: int, clip: float) -> list[Tensor]:
     """Stacked weights, [B, ...] each, clipped: three convolutions (batch norm between), two linear layers."""
-    with torch.no_grad():
-        channels, height, side = feature.grid.to_map(feature.split.head(batch.inputs[:1]).values).shape[1:]
+    channels, height, side = feature.grid.to_map(latent.features).shape[1:]
     widths = (channels, width, 2 * width, width)
     shapes: list[tuple[tuple[int, ...], int]] = []
     for (kernel, stride, padding), before, after in zip(_CONVOLUTIONS, widths[:-1], widths[1:], strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor
 from ibxai.backbones import Backbone
 from ibxai.errors import UserError
 from ibxai.methods.iba import BottleneckSettings, diagnostics_of
+from ibxai.methods.settings import check_choice
 from ibxai.types import Attribution, Attributor, Batch
 
 _BINS = 256
@@ -45,8 +46,7 @@ class MultilayerIBA(BottleneckSettings):
             raise UserError(f"method.layers is {list(self.layers)}: each layer counts once.")
         if not self.layers:
             raise UserError("method.layers is empty: name at least one layer or role.")
-        if self.combine not in ("sum", "intersection"):
-            raise UserError(f"method.combine is '{self.combine}': sum or intersection is expected.")
+        check_choice(self, "combine", "sum", "intersection")
         if self.threshold != "otsu" and not isinstance(self.threshold, float | int):
             raise UserError(f"method.threshold is '{self.threshold}': otsu or a number is expected.")
 

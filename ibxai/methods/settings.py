@@ -17,3 +17,9 @@ def check_not_negative(settings: object, *names: str, part: str = "method") -> N
     for name in names:
         if not getattr(settings, name) >= 0:
             raise UserError(f"{part}.{name} is {getattr(settings, name)}: it must not be negative.")
+
+
+def check_choice(settings: object, name: str, *known: str) -> None:
+    """Raises UserError for a setting that is none of the known words."""
+    if (found := getattr(settings, name)) not in known:
+        raise UserError(f"method.{name} is '{found}': {', '.join(known[:-1])} or {known[-1]} is expected.")
