@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ibxai.backbones import Backbone
-from ibxai.backbones.backbone import ROLES
 from ibxai.backbones.zoo import Zoo
 from ibxai.catalogue import entries
 from ibxai.config import build
@@ -26,6 +25,8 @@ from ibxai.datasets.imagenet_classes import class_names
 from ibxai.datasets.sample import SampleDataset
 from ibxai.errors import UserError
 from ibxai.preprocessing import Preprocessing
+
+ROLES = ("gradcam", "bottleneck", "early", "mid", "late")  # that methods ask for
 
 NAMES = list(entries()["backbone"])
 PREPARED = Preprocessing(resize=64, crop=64)
