@@ -48,6 +48,11 @@ class Preprocessing:
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
     @property
+    def black(self) -> Tensor:
+        """[C, 1, 1]: a black pixel, after normalisation."""
+        return -self._column(self.mean) / self._column(self.std)
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         return len(self.mean), self.crop, self.crop
 

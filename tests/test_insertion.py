@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from ibxai.config import build
 from ibxai.errors import UserError
 from ibxai.metrics import Deletion, Insertion
 from ibxai.metrics.insertion import changed_counts, pixel_ranks
+from ibxai.preprocessing import Preprocessing
+from ibxai.targets import RegressionTarget
 from ibxai.types import Attribution
 
 SIDE = 6
@@ -316,7 +320,7 @@ def test_sigma_does_not_matter_without_a_blur() -> None:
 # --- the YAMLs
 
 
-@pytest.mark.parametrize("name", list(entries()["metric"]))
+@pytest.mark.parametrize("name", [n for n in entries()["metric"] if n.startswith(("insertion", "deletion"))])
 def test_every_metrics_yaml_builds_and_judges(name: str, tmp_path: Path) -> None:
     text = entries()["metric"][name].text
     nodes = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
@@ -324,6 +328,8 @@ def test_every_metrics_yaml_builds_and_judges(name: str, tmp_path: Path) -> None
     metric = build(nodes[name], f"metric.{name}")
     pictures = noise_pictures(3)
     batch = batch_of(pictures, [0, 1, 2])
+    if name.endswith("regression"):
+        batch = dataclasses.replace(batch, target=RegressionTarget("deviation", torch.zeros(3)))
     found = metric(small_backbone(), batch, Attribution(pictures.mean(1), "score"))
     assert found
     for value in found.values():
@@ -332,3 +338,69 @@ def test_every_metrics_yaml_builds_and_judges(name: str, tmp_path: Path) -> None
         assert value.isfinite().all()
     assert any(value.dim() == 1 for value in found.values())
     assert isinstance(metric.version, int)
+
+
+def test_black_is_the_value_of_a_black_pixel() -> None:
+    """A network that sums its normalised inputs: deletion ends at the sum of a black picture."""
+    sums = freeze(Sums(), name="sums", preprocessing=Preprocessing(SIDE, SIDE, (0.5, 0.25), (0.5, 0.125)))
+    picture = torch.rand(1, 2, SIDE, SIDE)
+    found = judge(Deletion(1, "constant", value="black", score="logit"), sums, torch.rand(1, SIDE, SIDE), None, picture)
+    assert found["curve"][0, -1].item() == pytest.approx(PIXELS * (-0.5 / 0.5 - 0.25 / 0.125), rel=1e-5)
+    assert found["curve"][0, 0].item() == pytest.approx(picture.sum().item(), rel=1e-5)
+
+
+def test_change_is_the_way_from_the_start_in_either_direction() -> None:
+    sums = freeze(Sums(), (2, SIDE, SIDE), name="sums")
+    picture = torch.rand(1, 2, SIDE, SIDE) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    heatmap = torch.rand(1, SIDE, SIDE)
+    for metric in (Deletion, Insertion):
+        plain = judge(metric(1, "constant", score="logit"), sums, heatmap, None, picture)["curve"]
+        found = judge(metric(1, "constant", score="logit", change=True), sums, heatmap, None, picture)
+        torch.testing.assert_close(found["curve"], (plain - plain[:, :1]).abs())
+        assert metric(change=True).higher_is_better
+    assert not Deletion().higher_is_better
+
+
+@pytest.mark.parametrize("inserting", [True, False])
+def test_cells_of_a_grid_against_a_loop(inserting: bool) -> None:
+    """A 4 x 4 grid over 32 x 32 pixels: cells are ranked by their mean, and their mask is spread bilinearly."""
+    backbone, pictures, heatmaps = small_backbone(), noise_pictures(2), torch.rand(2, 32, 32)
+    metric = (Insertion if inserting else Deletion)(1, "constant", value=0.2, resolution=4)
+    found = judge(metric, backbone, heatmaps, None, pictures)["curve"]
+    assert found.shape == (2, 17)
+    means = heatmaps.view(2, 4, 8, 4, 8).mean((2, 4)).flatten(1)
+    for row in range(2):
+        order = means[row].argsort(descending=True).tolist()
+        for count in (0, 1, 5, 16):
+            cells = torch.zeros(16)
+            cells[order[:count]] = 1
+            share = plain_bilinear(cells.view(4, 4), 32)
+            share = share if inserting else 1 - share
+            mixed = share * pictures[row] + (1 - share) * 0.2
+            wanted = backbone(mixed[None]).softmax(1)[0, 0]
+            assert found[row, count].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def plain_bilinear(cells: Tensor, side: int) -> Tensor:
+    """Each pixel's centre between the four nearest centres of cells, clamped at the border."""
+    scale, last = side / len(cells), len(cells) - 1
+    out = torch.zeros(side, side)
+    for y, x in itertools.product(range(side), repeat=2):
+        v, u = (max((place + 0.5) / scale - 0.5, 0) for place in (y, x))
+        top, left = min(int(v), last), min(int(u), last)
+        bottom, right = min(top + 1, last), min(left + 1, last)
+        a, b = v - top, u - left
+        upper = (1 - b) * cells[top, left] + b * cells[top, right]
+        out[y, x] = (1 - a) * upper + a * ((1 - b) * cells[bottom, left] + b * cells[bottom, right])
+    return out
+
+
+class Sums(nn.Module):
+    """One output: the sum of all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x.sum((1, 2, 3)))[:, None]

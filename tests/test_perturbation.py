@@ -77,3 +77,17 @@ def test_the_blurs_impulse_response() -> None:
     offsets = np.arange(-20, 21)
     kernel = np.where(abs(offsets) <= 12, np.exp(-(offsets**2) / 32), 0)
     np.testing.assert_allclose(found, np.outer(kernel, kernel) / kernel.sum() ** 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 9])
+def test_a_kernel_of_a_given_width(kernel: int) -> None:
+    """An impulse spreads over `kernel` pixels, with a Gaussian's proportions cut there."""
+    picture = torch.zeros(1, 1, 21, 21)
+    picture[0, 0, 10, 10] = 1
+    found = gaussian_blur(picture, 3.0, kernel)[0, 0]
+    weights = np.exp(-(np.arange(-(kernel // 2), kernel // 2 + 1) ** 2) / 18)
+    weights /= weights.sum()
+    lowest = 10 - kernel // 2
+    inside = found[lowest : lowest + kernel, lowest : lowest + kernel].double().numpy()
+    np.testing.assert_allclose(inside, np.outer(weights, weights), atol=1e-7)
+    assert found.sum().item() == pytest.approx(1, abs=1e-6)

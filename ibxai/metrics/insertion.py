@@ -4,17 +4,19 @@
 
 By the trapezoid rule with both ends, not divided by the original score. Equal values are ordered by a permutation
 drawn for the sample, so a constant map is judged as a random order, not as a scan from the top left. A map that
-holds NaN has no order: its values are NaN.
+holds NaN has no order: its values are NaN. The papers' own settings are YAML variants with names: `_igospp` (cells of
+a coarse grid), `_input_iba`, `_chexplain`, `_regression`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ibxai.backbones import Backbone
 from ibxai.draws import sample_keys, tie_breakers
@@ -25,16 +27,21 @@ from ibxai.types import SCORE_KINDS, Attribution, Batch, ScoreKind
 
 @dataclass(frozen=True)
 class _PixelOrder:
-    """step: below 1 a share of the picture's pixels, from 1 on a number of pixels.
-    baseline: "blur" (of deviation `sigma` pixels) or "constant" (`value`, in normalised units: 0 is the mean colour).
-    score: "probability" or "logit" of the target.
+    """step: below 1 a share of the picture's cells, from 1 on a number of cells. resolution: cells a side, null for
+    the pixels themselves; the map is averaged over a cell, and the cells' mask spread bilinearly over the picture.
+    baseline: "blur" (of deviation `sigma` pixels, `kernel` wide, null for three deviations to each side) or "constant"
+    (`value`, in normalised units: 0 is the mean colour; or "black"). score: "probability", "logit" or "value" of the
+    target. change: the curve is the absolute change of the score from its start (CheXplain's regression version).
     """
 
     step: float
     baseline: str
     sigma: float = 10.0
-    value: float = 0.0
+    kernel: int | None = None
+    value: float | Literal["black"] = 0.0
     score: ScoreKind = "probability"
+    resolution: int | None = None
+    change: bool = False
 
     version: ClassVar[int] = 1
 
@@ -47,25 +54,46 @@ class _PixelOrder:
             raise UserError(f"There is no baseline '{self.baseline}'. {nearest(self.baseline, BASELINES)}")
         if self.baseline == "blur" and self.sigma <= 0:
             raise UserError(f"The blur's sigma is {self.sigma}: it must be above 0.")
+        if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
+            raise UserError(f"The blur's kernel is {self.kernel}: it must be odd, or null.")
+        if self.resolution is not None and self.resolution < 1:
+            raise UserError(f"The resolution of {type(self).__name__} is {self.resolution}: 1 or more, or null.")
 
     def _curve(self, backbone: Backbone, batch: Batch, attribution: Attribution, inserting: bool) -> dict[str, Tensor]:
         """auc [B], curve [B, S] and fraction [B, S], over all pictures and steps in as few passes as fit."""
-        inputs, height, width = batch.inputs, *batch.inputs.shape[-2:]
-        rank = pixel_ranks(attribution.heatmap, batch.sample_ids).view(len(batch), 1, height, width)
-        baseline = baseline_picture(inputs, self.baseline, self.sigma, self.value)
+        inputs, baseline = batch.inputs, self._baseline(backbone, batch.inputs)
         start, end = (baseline, inputs) if inserting else (inputs, baseline)
-        changed = changed_counts(height * width, self.step).to(inputs.device)
+        heatmap = attribution.heatmap
+        if self.resolution is not None:
+            heatmap = F.adaptive_avg_pool2d(heatmap[:, None], self.resolution)[:, 0]
+        rank = pixel_ranks(heatmap, batch.sample_ids).view(len(batch), 1, *heatmap.shape[-2:])
+        cells = heatmap[0].numel()
+        changed = changed_counts(cells, self.step).to(inputs.device)
         scores = []
         with torch.no_grad():
             for rows in torch.arange(len(batch) * len(changed), device=inputs.device).split(backbone.max_passes):
                 sample, count = rows // len(changed), changed[rows % len(changed)]
-                pictures = torch.where(rank[sample] < count.view(-1, 1, 1, 1), end[sample], start[sample])
+                reached = rank[sample] < count.view(-1, 1, 1, 1)
+                pictures = self._mixed(start[sample], end[sample], reached)
                 scores.append(batch.target.take(sample).score(backbone(pictures), self.score))
         curve = torch.cat(scores).view(len(batch), -1)
+        if self.change:
+            curve = (curve - curve[:, :1]).abs()
         undefined = attribution.heatmap.isnan().flatten(1).any(1)
         curve = curve.masked_fill(undefined[:, None], torch.nan)
-        fraction = (changed.double() / (height * width)).float().expand_as(curve)
+        fraction = (changed.double() / cells).float().expand_as(curve)
         return {"auc": torch.trapezoid(curve, fraction, dim=1), "curve": curve, "fraction": fraction}
+
+    def _baseline(self, backbone: Backbone, inputs: Tensor) -> Tensor:
+        value = backbone.preprocessing.black.to(inputs.device) if self.value == "black" else self.value
+        return baseline_picture(inputs, self.baseline, self.sigma, value, self.kernel)
+
+    def _mixed(self, start: Tensor, end: Tensor, reached: Tensor) -> Tensor:
+        """start [N, C, H, W] with `end` where `reached` [N, 1, h, w]; between cells a blend of the two."""
+        if self.resolution is None:
+            return torch.where(reached, end, start)
+        share = F.interpolate(reached.to(start.dtype), size=start.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.lerp(start, end, share)
 
 
 @dataclass(frozen=True)
@@ -83,12 +111,14 @@ class Insertion(_PixelOrder):
 
 @dataclass(frozen=True)
 class Deletion(_PixelOrder):
-    """From the picture to the baseline, the most important pixels first. Lower is better."""
+    """From the picture to the baseline, the most important pixels first. Lower is better; of a `change`, higher."""
 
     step: float = 0.02
     baseline: str = "blur"
 
-    higher_is_better: ClassVar[bool] = False
+    @property
+    def higher_is_better(self) -> bool:
+        return self.change
 
     def __call__(self, backbone: Backbone, batch: Batch, attribution: Attribution) -> Mapping[str, Tensor]:
         return self._curve(backbone, batch, attribution, inserting=False)
