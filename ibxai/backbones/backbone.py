@@ -155,6 +155,23 @@ class Backbone:
 
         return Split(run_head, run_tail)
 
+    def module(self) -> nn.Module:
+        """A copy of the network in canonical form, for a method that hooks or exchanges its modules.
+
+        pictures [B, C, H, W] -> outputs [B, K]: a torch.fx.GraphModule on the backbone's device, frozen, in which batch
+        norms are folded and every activation is a module of its own, called once and never in place. The copy is the
+        caller's; its passes are counted with the backbone's. Raises UserError when the network cannot be traced, since
+        what is no module of its own cannot be hooked.
+        """
+        if self._trace is None:
+            raise UserError(
+                f"{self.name} cannot be traced with torch.fx, so its activations cannot be told apart.\n"
+                "Choose a method that needs no access to them, such as gradient or integrated_gradients."
+            )
+        network = copy.deepcopy(self._network)
+        network.register_forward_hook(lambda _, inputs, __: self._count("forward", inputs[0]))
+        return network
+
     def features(self, inputs: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """The outputs of several layers (names or roles) in one forward, nothing behind the last of them."""
         names = [self.layer(name) for name in layers]
