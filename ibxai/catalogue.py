@@ -19,7 +19,7 @@ import yaml
 
 from ibxai.errors import UserError, nearest
 
-GROUPS = ("dataset", "backbone", "method", "target", "metric", "experiment")
+GROUPS = ("dataset", "backbone", "method", "target", "metric", "study", "experiment")
 
 _KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>[^#]*)(?:# ?(?P<comment>.*))?")
 
@@ -34,8 +34,9 @@ class Entry:
 
     @property
     def description(self) -> str:
-        first = self.text.partition("\n")[0]
-        return first.lstrip("# ").strip() if first.startswith("#") and "@package" not in first else ""
+        lines = (line for line in self.text.splitlines() if not line.startswith("# @package"))
+        first = next(lines, "")
+        return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 Catalogue = Mapping[str, Mapping[str, Entry]]

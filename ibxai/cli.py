@@ -25,7 +25,7 @@ usage: ibxai COMMAND ...
 
   run         compute heatmaps, scores and a report (`ibxai run --help`: all settings)
   report      put all runs of a folder on one page
-  list        show what can be chosen: datasets, backbones, methods, targets, metrics, experiments
+  list        show what can be chosen: datasets, backbones, methods, targets, metrics, studies
   doctor      check that this machine has what a run needs
   completion  tab completion: eval "$(ibxai completion bash)"
 
@@ -34,6 +34,7 @@ examples
   ibxai run method=gradcam limit=3              another method, the first three samples
   ibxai run -m method=iba,gradcam,random        three methods, one after the other
   ibxai run dataset=imagenet dataset.root=/data/imagenet backbone=resnet50 device=cuda
+  ibxai run study=parameter_randomization       does the map change when the network forgets what it learnt?
   ibxai report                                  compare everything that was run so far
 
 Results land in outputs/<dataset>/<backbone>/<method>/<identity>/, and every run ends by naming its report.html.

@@ -37,6 +37,7 @@ class RunConfig:
     method: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     metric: dict[str, Any] = field(default_factory=dict)
+    study: Any = None  # a dict when one is chosen
     seed: int = MISSING
     device: str = MISSING
     batch_size: int = MISSING
@@ -57,7 +58,9 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 # what a class of a group has to have; "__call__" is looked up in the class, since every class itself can be called
-_PROTOCOL = {"dataset": "samples", "backbone": "load", "method": "fit", "metric": "__call__", "target": "make"}
+_PROTOCOL = {
+    "dataset": "samples", "backbone": "load", "method": "fit", "metric": "__call__", "target": "make", "study": "check",
+}  # fmt: skip
 
 
 def make_plan(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[str, str], command: str) -> Plan:
@@ -70,12 +73,15 @@ def make_plan(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[str, s
     check_settings(settings, choices, hints)
     metrics = {name: build(node, f"metric.{name}") for name, node in settings["metric"].items()}
     parts = {group: build(settings[group], group) for group in _SINGLE}
+    study = settings.get("study")
     from ibxai.pipeline import Plan  # torch comes with it, and the checks above do without
 
     return Plan(
         **parts,
         method_name=settings["method"].get("name", choices.get("method")),
         metrics=metrics,
+        study=None if study is None else build(study, "study"),
+        study_name="" if study is None else study.get("name", choices.get("study")),
         settings=settings,
         seed=settings["seed"],
         device=_usable_device(settings["device"]),
@@ -106,7 +112,7 @@ def check_settings(settings: Mapping[str, Any], choices: Mapping[str, Any], hint
     for key in settings:
         if key not in known:
             raise UserError(f"There is no setting {key!r}. {nearest(key, known)}")
-    for group in _SINGLE:
+    for group in (*_SINGLE, *(["study"] if settings.get("study") is not None else [])):
         if not isinstance(choices.get(group), str):  # an experiment may have chosen two, which Hydra merges
             raise UserError(f"{group} takes one name. To run several, one after the other: -m {group}=NAME,NAME")
     for key in unset(settings):

@@ -14,7 +14,7 @@ import torch
 from ibxai.backbones import Backbone
 from ibxai.datasets.loading import sample_table_digest
 from ibxai.store import MetricKey
-from ibxai.types import Method, Metric, Sample
+from ibxai.types import Dataset, Method, Metric, Sample, Study
 
 if TYPE_CHECKING:
     from ibxai.pipeline import Plan
@@ -44,12 +44,46 @@ def uses_reference(method: Method) -> bool:
     return getattr(method, "uses_reference", True)
 
 
-def metric_key(name: str, metric: Metric) -> MetricKey:
-    """What determines a metric's scores, given the heatmaps; with the direction in which they improve."""
+def uses_regions(metric: Metric) -> bool:
+    """Whether the dataset's annotations change the metric's scores."""
+    return getattr(metric, "uses_regions", False)
+
+
+def annotations_digest(dataset: Dataset) -> str:
+    """A digest of what the dataset's regions are made from; "" where it has none."""
+    return dataset.annotations() if hasattr(dataset, "annotations") else ""
+
+
+def metric_key(name: str, metric: Metric, annotations: str = "") -> MetricKey:
+    """What determines a metric's scores, given the heatmaps; with the direction in which they improve.
+
+    annotations: the dataset's, which count where the metric reads regions.
+    """
     settings = _described(metric)
+    if uses_regions(metric):
+        settings["annotations"] = annotations
     if hasattr(metric, "higher_is_better"):
         settings["higher_is_better"] = metric.higher_is_better
     return MetricKey(name, settings)
+
+
+def study_key(name: str, study: Study, samples: Sequence[Sample], dataset: Dataset) -> MetricKey:
+    """What determines a study's cells, given the run: its settings, the explained samples, and the train split."""
+    settings = {**_described(study), "samples": sample_table_digest(samples)}
+    if hasattr(dataset, "in_split"):
+        settings["train"] = sample_table_digest(dataset.in_split("train"))
+    return MetricKey(name, settings)
+
+
+def responses_identity(plan: Plan, backbone: Backbone, metric: Metric) -> dict[str, Any]:
+    """All that changes what the network says of the pictures that a metric shows it whatever the map."""
+    return {
+        "metric": _described(metric),
+        "samples": sample_table_digest(plan.dataset.samples()),
+        "weights": backbone.digest,
+        "preprocessing": dataclasses.asdict(backbone.preprocessing),
+        "numeric": NUMERIC_MODE,
+    }
 
 
 def _described(part: Any) -> dict[str, Any]:

@@ -160,9 +160,11 @@ def _attempt(cfg: DictConfig, overrides: list[str], config_dir: Path | None) -> 
 def told(outcome: Outcome) -> str:
     """What a run did, for its user, in one line."""
     rows, present = _count(outcome.rows, "row"), outcome.rows - outcome.new_heatmaps
-    if not outcome.new_heatmaps and not outcome.new_scores:
+    if not outcome.new_heatmaps and not outcome.new_scores and not outcome.new_cells:
         return f"nothing left to do: {rows} there already"
     made = f"{rows}: {_count(outcome.new_heatmaps, 'heatmap')} and {_count(outcome.new_scores, 'score')} made"
+    if outcome.new_cells:
+        made += f", {_count(outcome.new_cells, 'cell')} of the study"
     return f"{made}, {_count(present, 'heatmap')} there already" if present else made
 
 

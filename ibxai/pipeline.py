@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,25 @@ import torch
 from omegaconf import OmegaConf
 
 from ibxai.backbones import Backbone
+from ibxai.cells import Cells
 from ibxai.errors import BadSample, UserError
-from ibxai.identity import NUMERIC_MODE, identify, metric_key, now, provenance
+from ibxai.identity import (
+    NUMERIC_MODE,
+    annotations_digest,
+    identify,
+    metric_key,
+    now,
+    provenance,
+    study_key,
+    uses_regions,
+)
 from ibxai.logs import Said, also_to_file, run_log
+from ibxai.memory import keep_freed_memory
+from ibxai.metrics.study import Task, run_study
 from ibxai.report import write_report
 from ibxai.store import RunStore, digest
 from ibxai.targets import ClassTarget, TargetSpec
-from ibxai.types import Dataset, Method, Metric, Sample
+from ibxai.types import Dataset, Method, Metric, Sample, Study
 from ibxai.work import Left, Worker, all_rows
 
 log = logging.getLogger(__name__)
@@ -35,7 +47,11 @@ ROWS_AT_ONCE = {"cpu": 40, "cuda": 512}  # a CPU is fastest while the activation
 
 
 class BackboneSpec(Protocol):
-    """A network by name, not yet loaded; a frozen dataclass filled from its YAML."""
+    """A network by name, not yet loaded; a frozen dataclass filled from its YAML.
+
+    One that can be trained before the run also has `trained` (`backbones/small.py`); one whose weights studies can
+    exchange has what `metrics.study.Rebuildable` asks for.
+    """
 
     @property
     def name(self) -> str: ...
@@ -66,11 +82,15 @@ class Plan:
     pictures: int
     outputs: Path
     command: str
+    study: Study | None = None
+    study_name: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. rows: those asked for, skipped ones left out; new_*: heatmaps and score rows made now."""
+    """What came of a run. rows: those asked for, skipped ones left out; new_*: heatmaps, score rows and cells of a
+    study made now.
+    """
 
     folder: Path
     report: Path
@@ -78,34 +98,75 @@ class Outcome:
     new_heatmaps: int
     new_scores: int
     skipped: Mapping[str, str]
+    new_cells: int = 0
 
 
 def run(plan: Plan) -> Outcome:
     """Do what is left of a plan. Raises UserError for what a user can put right."""
     started = time.perf_counter()
+    keep_freed_memory()
     with run_log() as said:
         samples = plan.dataset.samples()
         _check_rows(plan, samples)
         device = torch.device(plan.device)
+        plan = _trained(plan)
         backbone = plan.backbone.load(plan.max_passes or ROWS_AT_ONCE[device.type]).to(device)
         identity = identify(plan, samples, backbone)
         store = RunStore(plan.outputs / plan.dataset.name / backbone.name / plan.method_name / digest(identity))
         report = store.path / "report.html"
         left = what_is_left(plan, samples[: plan.limit], store)
-        if not left.rows and store.is_reported():
+        task = _task(plan, samples[: plan.limit], backbone, store)
+        if not left.rows and store.is_reported() and (task is None or task.cells.finished):
             return Outcome(store.path, report, left.wanted, 0, 0, {})
         _check_parts(plan, samples[: plan.limit], backbone)
         record = _begin(plan, samples, backbone, store, identity, said)
         worker = Worker(plan, backbone, store, left)
         logged = also_to_file(store.path / "run.log", said.records)
-        with _discarded_on_error(store), logged, backbone.counting() as passes:
-            _announce(plan, backbone, left)
-            skipped = worker.work_off(samples[: plan.limit])
+        with _discarded_on_error(store), logged:
+            with backbone.counting() as passes:
+                _announce(plan, backbone, left)
+                skipped = worker.work_off(samples[: plan.limit])
+            new_cells = run_study(plan.study, task) if plan.study is not None and task is not None else 0
         record |= {"passes": dict(passes), "seconds": round(time.perf_counter() - started, 1), "finished": now()}
         store.write_provenance(record)
         report = write_report(store)
     rows = left.wanted - len(skipped) * len(plan.target.names())
-    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped)
+    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped, new_cells)
+
+
+def _trained(plan: Plan) -> Plan:
+    """The plan with the backbone's weights in a file, when it is one that is trained before the run."""
+    if not hasattr(plan.backbone, "trained"):
+        return plan
+    return replace(plan, backbone=plan.backbone.trained(plan.dataset, _cache(plan), plan.device, plan.workers))
+
+
+def _cache(plan: Plan) -> Path:
+    """What belongs to this network on this dataset, whatever the method."""
+    return plan.outputs / plan.dataset.name / plan.backbone.name / "cache"
+
+
+def _task(plan: Plan, samples: Sequence[Sample], backbone: Backbone, store: RunStore) -> Task | None:
+    """What the study of the plan works on; None without one. Raises UserError when it lacks what the study needs."""
+    if plan.study is None:
+        return None
+    task = Task(
+        dataset=plan.dataset,
+        samples=samples,
+        target=plan.target,
+        spec=plan.backbone,  # type: ignore[arg-type]  # Task.rebuildable looks whether it can be made again
+        backbone=backbone,
+        method=plan.method,
+        method_name=plan.method_name,
+        run=store,
+        cells=Cells(store.path / "studies", study_key(plan.study_name, plan.study, samples, plan.dataset)),
+        seed=plan.seed,
+        batch_size=plan.batch_size,
+        workers=plan.workers,
+        cache=_cache(plan),
+    )
+    plan.study.check(task)
+    return task
 
 
 def _begin(
@@ -177,7 +238,8 @@ def _layers(part: object) -> Iterator[str]:
 def what_is_left(plan: Plan, samples: Sequence[Sample], store: RunStore) -> Left:
     """What these samples' rows still lack: a heatmap, or the scores of a metric (a new heatmap needs all of them)."""
     wanted = {row.row_id for row in all_rows(plan, samples)}
-    keys = {name: metric_key(name, metric) for name, metric in plan.metrics.items()}
+    annotated = annotations_digest(plan.dataset) if any(map(uses_regions, plan.metrics.values())) else ""
+    keys = {name: metric_key(name, metric, annotated) for name, metric in plan.metrics.items()}
     heatmaps = wanted - store.finished(wanted)
     scores = {name: (wanted - store.read_scores(key).keys()) | heatmaps for name, key in keys.items()}
     return Left(len(wanted), keys, heatmaps, scores)

@@ -6,6 +6,7 @@
         pictures/<row>.png              what the network saw, of the first rows, for the report
         overlays/<row>.png              the same with the heat over it; metrics.csv summary.csv report.html: by `report`
         scores/<metric>-<hash>/         settings.json, and one <batch>.npz a batch, keyed by row inside
+        studies/<study>-<hash>/         settings.json, and one <cell>.json a cell (`cells.py`); studies.csv
 
 A row is finished when its heatmap file exists, scored when a score file names it: there is no other record of
 progress, so nothing can disagree. Every file is written under a temporary name, synced and renamed. `samples.csv`

@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ibxai.backbones import Backbone
+    from ibxai.metrics.study import Task
     from ibxai.targets import Bound
 
 Unit = Literal["bits", "score", "relevance", "mask"]
@@ -56,6 +57,8 @@ class Dataset(Protocol):
 
     `samples` and `reference` raise `UserError` when the layout is not there; `read` raises `BadSample`.
     `reference` is the split that feature statistics are estimated on; `reference_note` says what it is.
+    A dataset with regions also has `annotations() -> str`, a digest of what they are made from: scores of metrics that
+    read regions are named by it.
     """
 
     @property
@@ -100,7 +103,8 @@ class Batch:
     """Rows that run together. A row is a (sample, target); its id in a run is "<sample>@<target>".
 
     inputs: pictures [B, C, H, W] after normalisation. group_ids: the sample ids when not given.
-    regions: "target" bool [B, R, H, W] (one plane a box or lesion, padded with empty planes); absent = not annotated.
+    regions: "target" bool [B, R, H, W] (one plane a box or lesion, padded with empty planes), "severity" float of the
+    same form; a row whose planes are all empty is not annotated, nor are any where the name is absent.
     """
 
     inputs: Tensor
@@ -193,8 +197,41 @@ class Method(Protocol):
 class Metric(Protocol):
     """A judgement of finished heatmaps, one value a row. Implementations are frozen dataclasses with a `version`.
 
+    Two more class attributes: `higher_is_better`, of the value named "auc" or "value", and `uses_regions` (False when
+    absent): the scores depend on the dataset's annotations too. A map that holds NaN gets NaN, and so does a row that
+    is not annotated where regions are read.
+
     Returns [B] tensors, each a value for the tables, and [B, S] tensors, curves for the report. A curve named
     "curve" has its abscissa under "fraction".
     """
 
     def __call__(self, backbone: Backbone, batch: Batch, attribution: Attribution) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a study. coordinates: the cell that it belongs to (fraction, layer, repeat ...), in a fixed order.
+
+    row_id, group_id: the row that it is about and what intervals resample, both "" when it is about the whole cell.
+    """
+
+    metric: str
+    value: float
+    coordinates: Mapping[str, str | int | float]
+    row_id: str = ""
+    group_id: str = ""
+
+
+@runtime_checkable
+class Study(Protocol):
+    """A judgement that fits the method again or trains the network again. A frozen dataclass with a `version`.
+
+    Its work is cut into cells, each kept by `task.cells` when it is finished, so that a study that was stopped goes on
+    behind its last cell.
+    """
+
+    def check(self, task: Task) -> None:
+        """Raise UserError when the task lacks what the study needs. Asked before the first heatmap is computed."""
+        ...
+
+    def __call__(self, task: Task) -> Iterable[Score]: ...

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ibxai.backbones import Backbone
 from ibxai.datasets.loading import Loaded, load_batches, reference_batches
-from ibxai.identity import uses_reference
+from ibxai.identity import responses_identity, uses_reference
 from ibxai.memory import with_backoff
-from ibxai.store import DamagedFile, MetricKey, Row, RunStore, StoredHeatmap
+from ibxai.responses import KeptResponses, SharesResponses
+from ibxai.store import DamagedFile, MetricKey, Row, RunStore, StoredHeatmap, digest
 from ibxai.types import Attribution, Attributor, Batch, Metric, Sample
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Worker:
         self.plan, self.backbone, self.store, self.left = plan, backbone, store, left
         self.new_heatmaps = self.new_scores = 0
         self._attributor: Attributor | None = None
+        self._kept: dict[str, KeptResponses] = {}
+        self._cache = plan.outputs / plan.dataset.name / backbone.name / "cache"  # shared by the runs on this network
 
     def work_off(self, samples: Sequence[Sample]) -> dict[str, str]:
         """Returns the samples that could not be used: id -> reason."""
@@ -119,17 +122,26 @@ class Worker:
         plan = self.plan
         if uses_reference(plan.method):
             log.info("%s", plan.dataset.reference_note)
-        cache = plan.outputs / plan.dataset.name / self.backbone.name / "cache"  # shared by the runs on this network
-        reference = reference_batches(plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers, cache)
+        reference = reference_batches(
+            plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers, self._cache
+        )
         attributor = plan.method.fit(self.backbone, reference, plan.seed)
         for sample_id, reason in reference.skipped.items():
             log.warning("left out of the reference split: %s: %s", sample_id, reason)
         return attributor
 
     def _score(self, name: str, metric: Metric, batch: Batch, attribution: Attribution, row_ids: Sequence[str]) -> None:
-        values = with_backoff(lambda: metric(self.backbone, batch, attribution), self.backbone)
+        values = with_backoff(lambda: self._judge(name, metric, batch, attribution), self.backbone)
         self.store.write_scores(self.left.keys[name], row_ids, {k: v.cpu().numpy() for k, v in values.items()})
         self.new_scores += len(row_ids)
+
+    def _judge(self, name: str, metric: Metric, batch: Batch, attribution: Attribution) -> Mapping[str, Tensor]:
+        if not isinstance(metric, SharesResponses):
+            return metric(self.backbone, batch, attribution)
+        if name not in self._kept:
+            identity = responses_identity(self.plan, self.backbone, metric)
+            self._kept[name] = KeptResponses(self._cache / f"responses-{digest(identity)}")
+        return metric(self.backbone, batch, attribution, self._kept[name].of(metric, self.backbone, batch))
 
 
 def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequence[str]) -> list[StoredHeatmap]:

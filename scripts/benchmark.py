@@ -3,6 +3,7 @@
     python scripts/benchmark.py                               # iba on efficientnet_lite0, batches of 1 and 16
     python scripts/benchmark.py --backbone densenet121 --layer features.denseblock3 --repeats 3
     python scripts/benchmark.py --methods iba inverse_iba gradcam --device cuda
+    python scripts/benchmark.py metrics                       # metrics, beside Quantus: benchmark_metrics.py
 
 The plain bottleneck is how IBA is usually written: the original network with its batch norms, a hook at the layer, one
 picture and ten noise draws a step, forward and backward through everything. Both are timed in turn in one run, the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from ibxai.backbones import Backbone
 from ibxai.backbones.zoo import Zoo
 from ibxai.config import build
 from ibxai.datasets.sample import SampleDataset
+from ibxai.memory import keep_freed_memory
 from ibxai.pipeline import ROWS_AT_ONCE
 from ibxai.targets import ClassTarget
 from ibxai.types import Batch
@@ -37,6 +40,7 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def main() -> None:
     options = _options()
+    keep_freed_memory()  # as `ibxai run` does; both sides of a comparison have it
     settings = _settings("backbone", options.backbone)
     if settings["weights"] != "packaged":
         settings |= {"weights": "none", "allow_random": True}
@@ -56,7 +60,7 @@ def main() -> None:
         for size, batch in batches.items():
             cases[f"{name}, batch {size}"] = lambda a=attributor, b=batch: len(a(b).heatmap)
     plain_batch = pictures(backbone, options.plain_pictures)
-    network = zoo._network().to(options.device).eval().requires_grad_(False)
+    network = zoo.fresh(0).to(options.device).eval().requires_grad_(False)
     cases["plain bottleneck, whole network"] = lambda: plain_bottleneck(network, layer, plain_batch)
     for name, figures in measured(cases, backbone, options.repeats).items():
         print(f"{name:34} {figures}")
@@ -149,4 +153,9 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["metrics"]:
+        import benchmark_metrics
+
+        benchmark_metrics.main(sys.argv[2:])
+    else:
+        main()

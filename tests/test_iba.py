@@ -111,10 +111,12 @@ def plain_iba(
 @pytest.mark.parametrize(
     "settings",
     [
-        IBA(layer="stage2", steps=4, draws=3, beta=1.0),
-        IBA(layer="stage2", steps=4, draws=2, min_reference=20, beta=3.0, active_share=0.3),
+        IBA(layer="stage2", steps=4, draws=3, beta=1.0, learning_rate=1.0),
+        IBA(layer="stage2", steps=4, draws=2, min_reference=20, beta=3.0, active_share=0.3, learning_rate=1.0),
         IBA(layer="stage2", steps=5, draws=2, smoothing=0.0, beta=0.5, initial_alpha=1.0, learning_rate=0.3),
-        IBA(layer="stage2", steps=3, draws=1, smoothing=2.0, beta=30.0, min_std=0.5, min_reference=20),
+        IBA(
+            layer="stage2", steps=3, draws=1, smoothing=2.0, beta=30.0, min_std=0.5, min_reference=20, learning_rate=1.0
+        ),
     ],
 )
 def test_against_the_equations(settings: IBA, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,9 @@ def test_a_higher_price_buys_less() -> None:
     backbone, batch = small_backbone(), batch_of(noise_pictures(3), [0, 1, 2])
     capacity = torch.stack(
         [
-            IBA(beta=b, steps=15, draws=4).fit(backbone, reference(), 0)(batch).diagnostics["capacity"]
+            IBA(beta=b, steps=15, draws=4, learning_rate=1.0)
+            .fit(backbone, reference(), 0)(batch)
+            .diagnostics["capacity"]
             for b in (1, 10, 100)
         ]
     )
@@ -254,7 +258,7 @@ def test_the_targets_class_matters(smoothing: float) -> None:
 # --- a result belongs to the sample
 
 
-SETTINGS = IBA(steps=6, draws=3, beta=1.0)
+SETTINGS = IBA(steps=6, draws=3, beta=1.0, learning_rate=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -431,7 +431,7 @@ def test_no_more_rows_at_once_than_allowed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "gan"}, "estimator is 'gan': direct, wgan or none"),
+        ({"estimator": "gan"}, "estimator is 'gan': direct, wgan, none or constant"),
         ({"output": "heatmap"}, "output is 'heatmap': mask or prior"),
         ({"steps": 0}, "steps is 0"),
         ({"draws": 0}, "draws is 0"),

@@ -160,3 +160,32 @@ def test_memory_that_really_runs_out() -> None:
     assert done.returncode == 0, done.stderr
     assert 1 <= int(done.stdout) <= 9
     assert f"max_passes={done.stdout.strip()}" in done.stderr
+
+
+FAULTS = """
+import resource, sys, torch
+from ibxai.memory import keep_freed_memory
+
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10_000_000)  # 40 MB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+if not keep_freed_memory():
+    sys.exit(77)
+faults()
+print(given_back, faults())
+"""
+
+
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    """In a process of its own, as the setting stays: ten tensors of 40 MB fault in pages every time, or never."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("the allocator of this system is not glibc's")
+    assert done.returncode == 0, done.stderr
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 100  # a fault may bring 2 MB
+    assert kept < given_back / 10

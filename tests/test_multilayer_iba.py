@@ -17,7 +17,7 @@ from ibxai.methods.multilayer_iba import normalised, otsu
 from ibxai.types import Batch
 
 LAYERS = ("early", "stage2", "late")
-SHARED = {"steps": 5, "draws": 2, "beta": 1.0}
+SHARED = {"steps": 5, "draws": 2, "beta": 1.0, "learning_rate": 1.0}
 
 
 def reference() -> list[Batch]:

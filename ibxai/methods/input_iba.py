@@ -33,14 +33,15 @@ from ibxai.types import Attribution, Attributor, Batch
 
 @dataclass(frozen=True, kw_only=True)
 class InputIBA:
-    """feature: the bottleneck of step 1. estimator: of step 2, with its settings in `direct` or `wgan`.
+    """feature: the bottleneck of step 1. estimator: of step 2, with its settings in `direct` or `wgan`; "none" leaves
+    lambda_G where both start, at the feature mask, and "constant" at 0.5 everywhere: what an estimator has to beat.
 
     beta, learning_rate, steps, draws, initial_alpha, smoothing: the input bottleneck of step 3 (`smoothing` in pixels);
     beta weighs the mean over input elements. output: "mask" is Lambda; "prior" is lambda_G itself, without step 3.
     """
 
     feature: IBA = field(default_factory=lambda: IBA(smoothing=0.0))
-    estimator: Literal["direct", "wgan", "none"] = "direct"
+    estimator: Literal["direct", "wgan", "none", "constant"] = "direct"
     direct: DirectEstimator = field(default_factory=DirectEstimator)
     wgan: WganEstimator = field(default_factory=WganEstimator)
     beta: float = 20.0
@@ -56,7 +57,7 @@ class InputIBA:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "draws", "learning_rate")
         check_not_negative(self, "beta", "smoothing")
-        check_choice(self, "estimator", "direct", "wgan", "none")
+        check_choice(self, "estimator", "direct", "wgan", "none", "constant")
         check_choice(self, "output", "mask", "prior")
 
     def fit(
@@ -93,6 +94,8 @@ class InputIBA:
 
     def _prior(self, feature: Bottleneck, at_input: Bottleneck, batch: Batch, latent: Mask) -> tuple[Tensor, Tensor]:
         """(lambda_G [B, C, H, W], distance curve [B, steps]) of step 2."""
+        if self.estimator == "constant":
+            return torch.full_like(batch.inputs, 0.5), batch.inputs.new_zeros(len(batch), 0)
         estimator = self.wgan if self.estimator == "wgan" else self.direct
         steps = 0 if self.estimator == "none" else estimator.steps
         return estimator.estimate(feature, at_input, batch, latent, steps)

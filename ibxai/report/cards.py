@@ -1,4 +1,4 @@
-"""One card a shown sample: its picture, its heatmap, what was explained, and its scores."""
+"""One card a shown sample: its picture, its heatmap, what was explained, what its hottest pixels show, its scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ibxai.report.curves import Chart, CurveSet
-from ibxai.report.figures import Scale, map_picture, overlay, scale_of, write_overlay
+from ibxai.report.figures import Scale, map_picture, overlay, scale_of, split_at_top, write_overlay
 from ibxai.report.render import ends, image_uri
 from ibxai.report.tables import MetricScores
 from ibxai.store import DamagedFile, Row, RunStore, StoredHeatmap
 
 MOST_CARDS = 24
 _MOST_PIXELS_SHOWN = 384  # longer side on the page; overlays/*.png keep the full size
+_TOP_SHARES = (0.06, 0.12)  # of the pixels, as in the figures of iGOS++ (Khorram et al., CHIL 2021)
+_MOST_PIXELS_SPLIT = 224
 _UNITS = {"bits": "bits/pixel", "score": "score", "relevance": "relevance", "mask": "mask, 1 = keep"}
+
+
+@dataclass(frozen=True)
+class TopPixels:
+    """A picture with the hottest share of its pixels alone, and without it: data URIs, made for the eye."""
+
+    share: float
+    kept: str
+    removed: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Card:
     explains_prediction: bool
     label: str | None
     misclassified: bool
+    tops: list[TopPixels]
     charts: list[Chart]
     values: list[tuple[str, float]]
     diagnostics: list[tuple[str, float]]
@@ -97,10 +109,22 @@ def _card(
         explains_prediction=stored.target == stored.prediction,
         label=None if row.label is None else class_name(row.label, names),
         misclassified=row.label is not None and row.label != stored.prediction,
+        tops=_top_pixels(picture, stored.heatmap),
         charts=[chart for curve_set in curves if (chart := curve_set.row_chart(row)) is not None],
         values=_values_of(row, scores),
         diagnostics=[(name, float(value)) for name, value in stored.diagnostics.items() if np.ndim(value) == 0],
     )
+
+
+def _top_pixels(picture: np.ndarray, heatmap: np.ndarray) -> list[TopPixels]:
+    """Empty where the map gives no order."""
+    tops = []
+    for share in _TOP_SHARES:
+        split = split_at_top(picture, heatmap, share)
+        if split is not None:
+            kept, removed = (image_uri(_shown(part, _MOST_PIXELS_SPLIT), "jpeg") for part in split)
+            tops.append(TopPixels(share, kept, removed))
+    return tops
 
 
 def class_name(index: int, names: list[str] | None) -> str:
@@ -116,8 +140,8 @@ def _values_of(row: Row, scores: Sequence[MetricScores]) -> list[tuple[str, floa
     ]
 
 
-def _shown(pixels: np.ndarray) -> np.ndarray:
+def _shown(pixels: np.ndarray, most: int = _MOST_PIXELS_SHOWN) -> np.ndarray:
     """The picture at the size of the page."""
     image = Image.fromarray(pixels)
-    image.thumbnail((_MOST_PIXELS_SHOWN, _MOST_PIXELS_SHOWN), Image.Resampling.LANCZOS)
+    image.thumbnail((most, most), Image.Resampling.LANCZOS)
     return np.asarray(image)

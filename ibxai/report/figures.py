@@ -3,7 +3,8 @@
 Maps without negative values get a sequential colour scale (inferno, perceptually uniform), maps with both signs a
 diverging one (Moreland's coolwarm) centred at zero. The limits are robust percentiles, so that a single pixel cannot
 darken the rest; numbers beyond them take the end colours. An overlay lets the picture through where there is little
-heat: its opacity grows with the heat.
+heat: its opacity grows with the heat. `split_at_top` shows a picture of which only the hottest share is sharp, and the
+one of which all but this share is: an illustration for the eye, that no network has scored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ibxai.store import RunStore, safe_name, write_atomically
 
@@ -22,6 +23,7 @@ _ROBUST = (1.0, 99.5)  # percentiles
 _NEGLIGIBLE = 0.01  # negative values below this part of the largest magnitude are rounding, not a sign
 _UNDEFINED_COLOUR = np.array([128, 128, 128], dtype=np.uint8)
 _MOST_OPAQUE = 0.75
+_BLUR = 0.045  # deviation of the blur that hides pixels, as a part of the longer side: 10 pixels of 224
 _KEPT_COLOUR = 0.35  # of the photograph's own colour under the heat: enough to recognise, too little to compete
 
 
@@ -89,6 +91,31 @@ def overlay(picture: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     calm = _KEPT_COLOUR * picture + (1 - _KEPT_COLOUR) * grey
     heat = colormaps[scale.colours](place)[..., :3] * 255
     return np.rint((1 - opacity) * calm + opacity * heat).astype(np.uint8)
+
+
+def split_at_top(picture: np.ndarray, heatmap: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The picture with its hottest pixels alone, and without them, what is hidden being blurred; uint8 [H, W, 3] each.
+
+    picture: uint8 [H, W, 3]; heatmap: [H, W], raw; share: of the pixels, 0..1. Of equal values at the limit, a fixed
+    random choice is taken. None where the map gives no order: it is constant or holds undefined values.
+    """
+    if not np.isfinite(heatmap).all() or heatmap.min() == heatmap.max():
+        return None
+    top = _top_pixels(heatmap.ravel(), round(share * heatmap.size)).reshape(heatmap.shape)[..., None]
+    blur = ImageFilter.GaussianBlur(_BLUR * max(heatmap.shape))
+    hidden = np.asarray(Image.fromarray(picture).filter(blur))
+    return np.where(top, picture, hidden), np.where(top, hidden, picture)
+
+
+def _top_pixels(values: np.ndarray, count: int) -> np.ndarray:
+    """bool [P]: the `count` largest of values [P]."""
+    if count == 0:
+        return np.zeros(values.size, dtype=bool)
+    limit = np.partition(values, -count)[-count]
+    top = values > limit
+    level = np.random.default_rng(0).permutation(np.flatnonzero(values == limit))
+    top[level[: count - int(top.sum())]] = True
+    return top
 
 
 def colour_bar(name: str) -> str:

@@ -1,111 +1,93 @@
-"""All runs of an outputs folder side by side: leaderboard.csv and a page with a table per dataset and backbone.
+"""All runs of an outputs folder side by side: leaderboard.csv, comparisons.csv and a page.
 
-Runs are compared where that is fair: the same dataset, backbone and weights, the same setting of the metric, the same
-scored rows, and both finished. There, the best mean is not crowned alone: every method whose 95 % interval overlaps
-the best one's is marked as tied with it. Which way is better is the metric's own word; without it nothing is marked.
+Runs are compared where that is fair: the same dataset, backbone, weights and target, the same setting of the metric,
+both finished, on the samples they share (`columns.py`, `comparisons.py`). The largest mean is not crowned: the best
+mean and every method that is not shown to be worse are marked as tied.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 
-from ibxai.errors import UserError
+from ibxai.report.board_figures import BoardFigures, board_figures
+from ibxai.report.columns import Column, make_columns
 from ibxai.report.render import render
-from ibxai.report.tables import csv_text, differing_settings, read_run_scores, read_summary, write_tables
-from ibxai.store import DamagedFile, MetricKey, RunStore, find_runs, write_atomically
+from ibxai.report.runs import DamagedRun, Run, read_runs, run_labels
+from ibxai.report.statistics import FEW_GROUPS
+from ibxai.report.tables import csv_text
+from ibxai.store import digest, write_atomically
 
 LEADERBOARD_COLUMNS = [
     "dataset", "backbone", "method", "run", "metric", "mean", "low", "high", "n", "undefined", "skipped",
-    "groups", "better", "settings", "rows", "weights", "finished",
+    "groups", "better", "settings", "rows", "weights", "finished", "target", "mark", "rank", "blocks",
+]  # fmt: skip
+COMPARISONS_COLUMNS = [
+    "dataset", "backbone", "weights", "target", "metric", "settings", "better", "a", "b", "run_a", "run_b", "n",
+    "left_out", "groups", "zeros", "difference", "low", "high", "p", "p_holm", "effect_size",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the leaderboard knows of a run. report: its page, relative to the outputs folder, or None."""
-
-    dataset: str
-    backbone: str
-    method: str
-    run_id: str
-    weights: str
-    finished: bool
-    skipped: int
-    identity: Mapping[str, Any]
-    metrics: list[MetricKey]
-    summary: pd.DataFrame
-    report: str | None
-
-
-@dataclass(frozen=True)
-class DamagedRun:
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run's line of one metric. mark: "best", "tie" or "". same_rows: scored on the rows that are compared."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    undefined: int
-    rows: str
-    same_rows: bool = True
-    mark: str = ""
-
-    @property
-    def has_interval(self) -> bool:
-        return math.isfinite(self.mean) and math.isfinite(self.low) and math.isfinite(self.high)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric in one setting. cells: one a run of the table, None where the run lacks it."""
-
-    name: str
-    variant: str
-    better: str
-    cells: list[Cell | None]
-
-    @property
-    def sizes_differ(self) -> bool:
-        return any(cell is not None and not cell.same_rows for cell in self.cells)
-
-
-@dataclass(frozen=True)
 class Table:
+    """Runs that may be compared. names: one a run, the method's where that is enough."""
+
     dataset: str
     backbone: str
     weights: str
+    target: str
     runs: list[Run]
+    names: list[str]
     columns: list[Column]
     also_differ_in: list[str]
 
+    @cached_property
+    def figures(self) -> BoardFigures:
+        return board_figures(self.names, [run.curves for run in self.runs], self.columns)
+
+    @property
+    def fewest_groups(self) -> int:
+        return min((cell.groups for column in self.columns for cell in column.cells if cell is not None), default=0)
+
+    @property
+    def fewer_groups(self) -> bool:
+        """Whether a group has several rows somewhere."""
+        return any(cell.groups < cell.n for column in self.columns for cell in column.cells if cell is not None)
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether two compared runs have values for different rows."""
+        return any(column.comparison.rows != column.comparison.whole_rows for column in self.columns)
+
+    @property
+    def cannot_differ(self) -> list[str]:
+        """Metrics with a direction, in which no test could find a difference, however large it is."""
+        compared = [column for column in self.columns if column.better and len(column.places) > 1]
+        return [column.title for column in compared if not column.comparison.can_differ]
+
 
 def write_leaderboard(outputs: Path) -> Path:
-    """Make leaderboard.csv and report.html in an outputs folder from all runs below it; returns the page.
+    """Make leaderboard.csv, comparisons.csv and report.html in an outputs folder from all runs below it; the page.
 
     A run that cannot be read is listed with the reason. Raises UserError when the folder refuses to be written.
     """
     outputs = Path(outputs)
-    found = [_read_run(store, outputs) for store in find_runs(outputs)]
+    found = read_runs(outputs)
     runs = [run for run in found if isinstance(run, Run)]
-    write_atomically(outputs / "leaderboard.csv", csv_text(leaderboard_table(runs)).encode())
+    tables = make_tables(runs)
+    write_atomically(outputs / "leaderboard.csv", csv_text(leaderboard_table(tables)).encode())
+    write_atomically(outputs / "comparisons.csv", csv_text(comparisons_table(tables)).encode())
     context = {
-        "tables": _tables(runs),
+        "tables": tables,
         "runs": runs,
+        "few_groups": FEW_GROUPS,
         "unfinished": [run for run in runs if not run.finished],
         "unscored": [run for run in runs if run.summary.empty],
         "damaged": [run for run in found if isinstance(run, DamagedRun)],
@@ -115,96 +97,57 @@ def write_leaderboard(outputs: Path) -> Path:
     return page
 
 
-def leaderboard_table(runs: Iterable[Run]) -> pd.DataFrame:
-    """One line a run and metric, in the order of the runs' folders. Columns: LEADERBOARD_COLUMNS."""
-    parts = [
-        run.summary.assign(
-            dataset=run.dataset,
-            backbone=run.backbone,
-            method=run.method,
-            run=run.run_id,
-            skipped=run.skipped,
-            weights=run.weights,
-            finished=run.finished,
-        )
-        for run in runs
-        if not run.summary.empty
-    ]
-    return (
-        pd.concat(parts, ignore_index=True)[LEADERBOARD_COLUMNS] if parts else pd.DataFrame(columns=LEADERBOARD_COLUMNS)
-    )
+def leaderboard_table(tables: Iterable[Table]) -> pd.DataFrame:
+    """One line a run and metric, columns LEADERBOARD_COLUMNS. rank and blocks: NaN and 0 where nothing is ranked."""
+    lines = []
+    for table in tables:
+        for place, run in enumerate(table.runs):
+            told = {
+                "dataset": run.dataset, "backbone": run.backbone, "method": run.method, "run": run.run_id,
+                "skipped": run.skipped, "weights": run.weights, "finished": run.finished, "target": run.target,
+            }  # fmt: skip
+            cells = {column.labels[place]: (column, column.cells[place]) for column in table.columns}
+            for line in run.summary.to_dict("records"):
+                column, cell = cells[line["metric"]]
+                ranks = column.comparison.ranks
+                ranked = ranks is not None and cell is not None and math.isfinite(cell.rank)
+                judged = {
+                    "mark": cell.mark if cell else "",
+                    "rank": cell.rank if cell else math.nan,
+                    "blocks": ranks.blocks if ranked and ranks else 0,
+                }
+                lines.append({**{str(key): value for key, value in line.items()}, **told, **judged})
+    return pd.DataFrame(lines, columns=LEADERBOARD_COLUMNS)
 
 
-def _read_run(store: RunStore, outputs: Path) -> Run | DamagedRun:
-    inside = store.path.relative_to(outputs)
-    dataset, backbone, method, run_id = inside.parts
-    try:
-        told = store.provenance()
-        summary = read_summary(store)
-        if summary is None:
-            summary = write_tables(store, read_run_scores(store))
-        return Run(
-            dataset=str(told.get("dataset") or dataset),
-            backbone=str(told.get("backbone") or backbone),
-            method=str(told.get("method") or method),
-            run_id=run_id,
-            weights=str(told.get("weights") or ""),
-            finished=bool(told.get("finished")),
-            skipped=len(store.skipped()),
-            identity=dict(told.get("identity") or {}),
-            metrics=store.metrics(),
-            summary=summary,
-            report=quote((inside / "report.html").as_posix()) if (store.path / "report.html").exists() else None,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile, UserError) as error:
-        return DamagedRun(inside.as_posix(), f"{type(error).__name__}: {error}")
+def comparisons_table(tables: Iterable[Table]) -> pd.DataFrame:
+    """One line a pair of runs and metric: a minus b on the rows that both have. Columns: COMPARISONS_COLUMNS."""
+    parts = [_pairs(table, column) for table in tables for column in table.columns if len(column.places) > 1]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COMPARISONS_COLUMNS)
 
 
-def _tables(runs: Iterable[Run]) -> list[Table]:
-    grouped: dict[tuple[str, str, str], list[Run]] = {}
+def _pairs(table: Table, column: Column) -> pd.DataFrame:
+    pairs = column.comparison.pairs.copy()
+    places = np.array(column.places)
+    for side in ("a", "b"):
+        runs = places[pairs[side].to_numpy(dtype=int)]
+        pairs[f"run_{side}"] = np.array([run.run_id for run in table.runs], dtype=object)[runs]
+        pairs[side] = np.array(table.names, dtype=object)[runs]
+    pairs["dataset"], pairs["backbone"], pairs["weights"] = table.dataset, table.backbone, table.weights
+    pairs["target"], pairs["metric"], pairs["better"] = table.target, column.name, column.better
+    pairs["settings"] = digest(column.key.settings)
+    return pairs[COMPARISONS_COLUMNS]
+
+
+def make_tables(runs: Iterable[Run]) -> list[Table]:
+    grouped: dict[tuple[str, str, str, str], list[Run]] = {}
     for run in runs:
         if not run.summary.empty:
-            grouped.setdefault((run.dataset, run.backbone, run.weights), []).append(run)
+            grouped.setdefault((run.dataset, run.backbone, run.weights, run.target), []).append(run)
     return [
-        Table(*names, runs=alike, columns=_columns(alike), also_differ_in=_also_differ_in(alike))
+        Table(*names, alike, run_labels(alike), columns=make_columns(alike), also_differ_in=_also_differ_in(alike))
         for names, alike in sorted(grouped.items())
     ]
-
-
-def _columns(runs: Sequence[Run]) -> list[Column]:
-    """The metrics of these runs, by name; one metric in two settings makes two columns."""
-    variants = differing_settings(key for run in runs for key in run.metrics)
-    lines: dict[tuple[str, str, str], dict[int, Cell]] = {}
-    for place, run in enumerate(runs):
-        for line in run.summary.to_dict("records"):
-            # within a run, two settings of a metric carry their hash in the name; here the column tells them apart
-            name = line["metric"].replace(f"-{line['settings']}", "")
-            cell = Cell(*(line[part] for part in ("mean", "low", "high", "n", "undefined", "rows")))
-            lines.setdefault((name, line["settings"], line["better"]), {})[place] = cell
-    folders = {folder.rsplit("-", 1)[1]: text for folder, text in variants.items()}
-    return [
-        Column(name, folders.get(settings, ""), better, _marked(cells, runs, better))
-        for (name, settings, better), cells in sorted(lines.items())
-    ]
-
-
-def _marked(cells: Mapping[int, Cell], runs: Sequence[Run], better: str) -> list[Cell | None]:
-    """The cells in the order of the runs, with what is not compared and what is best or tied marked."""
-    compared = _compared_rows([cell for place, cell in cells.items() if runs[place].finished] or list(cells.values()))
-    told = {place: replace(cell, same_rows=cell.rows == compared) for place, cell in cells.items()}
-    rivals = {p: c for p, c in told.items() if c.same_rows and c.has_interval and runs[p].finished}
-    if better and len(rivals) > 1:
-        best = (max if better == "higher" else min)(rivals.values(), key=lambda cell: cell.mean)
-        level = [p for p, cell in rivals.items() if cell.low <= best.high and best.low <= cell.high]
-        for place in level:
-            told[place] = replace(told[place], mark="tie" if len(level) > 1 else "best")
-    return [told.get(place) for place in range(len(runs))]
-
-
-def _compared_rows(cells: Sequence[Cell]) -> str:
-    """The set of rows that most is known of: the largest, and of equals the one that most runs share."""
-    shared = Counter(cell.rows for cell in cells)
-    return max(cells, key=lambda cell: (cell.n + cell.undefined, shared[cell.rows], cell.rows)).rows
 
 
 def _also_differ_in(runs: Sequence[Run]) -> list[str]:

@@ -10,29 +10,31 @@ from typing import Any
 import pandas as pd
 
 from ibxai.report.cards import make_cards
-from ibxai.report.curves import curve_sets
+from ibxai.report.curves import curve_sets, write_all_tables
 from ibxai.report.render import count, render
 from ibxai.report.statistics import FEW_GROUPS
-from ibxai.report.tables import MetricScores, differing_settings, method_name, read_run_scores, write_tables
+from ibxai.report.studies import study_sections
+from ibxai.report.tables import MetricScores, differing_settings, method_name, read_run_scores
 from ibxai.store import Row, RunStore, write_atomically
 
 _MOST_SKIPPED_LISTED = 200
 
 
 def write_report(store: RunStore) -> Path:
-    """Make metrics.csv, summary.csv, overlays/*.png and report.html of a run, finished or not; returns the page.
+    """Make the CSV tables, overlays/*.png and report.html of a run, finished or not; the page.
 
     Reads all score files, and the heatmaps of the shown rows alone. Raises UserError when the folder refuses.
     """
     rows, scores = store.rows(), read_run_scores(store)
-    summary = write_tables(store, scores)
-    curves = curve_sets(scores)
+    summary, means = write_all_tables(store, scores)
+    curves = curve_sets(scores, means)
     context = {
         **_what_was_run(store),
         **_how_much(store, rows, scores),
         "summary": _summary_lines(summary, scores),
         "few_groups": FEW_GROUPS,
         "mean_charts": [curve_set.mean_chart() for curve_set in curves],
+        "studies": study_sections(store),
         "cards": make_cards(store, scores, curves),
     }
     page = store.path / "report.html"

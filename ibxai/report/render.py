@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ibxai.report.figures import colour_bars, encoded
 
@@ -29,7 +29,7 @@ def render(template: str, context: Mapping[str, Any]) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "count": count, "percent": percent, "moment": moment}
-    environment.filters["duration"] = duration
+    environment.filters |= {"duration": duration, "p_value": p_value, "breakable": breakable, "span": span}
     script = _source(environment, "page.js")
     page = environment.get_template(template).render(
         **context,
@@ -80,6 +80,39 @@ def count(value: int, one: str = "", many: str = "") -> str:
     """5000 -> "5,000"; with a noun in both numbers, "1 row" or "5,000 rows"."""
     noun = one if value == 1 else (many or one + "s")
     return f"{value:,} {noun}" if one else f"{value:,}"
+
+
+def span(values: Iterable[int], one: str) -> str:
+    """ "5 rows", or "3 to 5 rows" where the values differ."""
+    known = sorted(set(values))
+    if len(known) < 2:
+        return count(int(known[0]) if known else 0, one)
+    return f"{known[0]:,} to {count(int(known[-1]), one)}"
+
+
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break after an underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
+
+
+def fixed(value: float, places: int) -> str:
+    """A difference with its sign and so many decimal places; zero has no sign."""
+    if not math.isfinite(value):
+        return number(value)
+    text = f"{value:+,.{places}f}"
+    return text.replace("-", _MINUS) if float(text.replace(",", "")) else text[1:]
+
+
+def p_value(p: float) -> str:
+    """ "= 0.012" or "< 0.001"; "is undefined"."""
+    if math.isnan(p):
+        return "is undefined"
+    return f"<{_THIN}0.001" if p < 0.001 else f"={_THIN}{p:.3f}"
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def percent(probability: float) -> str:

@@ -7,7 +7,8 @@ mean is the sum of the drawn rows over their number. The interval lies between t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,13 +50,27 @@ def _percentiles(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, member, values - centre)
 
-    generator = np.random.default_rng(_SEED)
-    chunk = max(1, _DRAWS_AT_ONCE // len(counts))
-    means = np.empty((RESAMPLES, values.shape[1]))
-    for start in range(0, RESAMPLES, chunk):
-        weights = _times_drawn(generator, min(chunk, RESAMPLES - start), len(counts))
-        means[start : start + chunk] = (weights @ sums) / (weights @ counts)[:, None]
-    return centre + np.percentile(means, [2.5, 97.5], axis=0)
+    means = np.empty((values.shape[1], RESAMPLES))
+    start = 0
+    for weights in _all_draws(len(counts)):
+        means[:, start : start + len(weights)] = (sums.T @ weights.T) / (weights @ counts)
+        start += len(weights)
+    return centre + np.percentile(means, [2.5, 97.5], axis=1, overwrite_input=True)
+
+
+def _all_draws(groups: int) -> Iterable[np.ndarray]:
+    """The same resamples for every set of so many groups, in pieces [up to RESAMPLES, groups] that fit in memory."""
+    if RESAMPLES * groups <= _DRAWS_AT_ONCE:
+        return [_few_draws(groups)]
+    generator, chunk = np.random.default_rng(_SEED), max(1, _DRAWS_AT_ONCE // groups)
+    sizes = (min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk))
+    return (_times_drawn(generator, size, groups) for size in sizes)
+
+
+@lru_cache(maxsize=2)
+def _few_draws(groups: int) -> np.ndarray:
+    """Drawn once for all metrics and runs of a report."""
+    return _times_drawn(np.random.default_rng(_SEED), RESAMPLES, groups)
 
 
 def _times_drawn(generator: np.random.Generator, resamples: int, groups: int) -> np.ndarray:

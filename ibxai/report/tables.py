@@ -1,4 +1,4 @@
-"""The two tables of a run, made from its score files and always able to be made again.
+"""Two tables of a run, made from its score files and always able to be made again (a third, of curves: `curves.py`).
 
 metrics.csv, long:  sample, target, method, metric, value; rows in dataset order, then by metric.
 summary.csv:        one line a metric: the mean, its 95 % bootstrap interval over groups, and what it is a mean of.
@@ -18,15 +18,17 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from ibxai.report.charts import common_curve
 from ibxai.report.statistics import defined, mean_intervals
 from ibxai.store import MetricKey, Row, RunStore, digest
 
 METRICS_COLUMNS = ["sample", "target", "method", "metric", "value"]
 SUMMARY_COLUMNS = [
-    "method", "metric", "mean", "low", "high", "n", "undefined", "groups", "better", "settings", "rows",
+    "method", "metric", "mean", "low", "high", "n", "undefined", "groups", "better", "settings", "rows", "curves",
 ]  # fmt: skip
 _TEXT_COLUMNS = ("method", "metric", "better", "settings", "rows")
 _MAIN_VALUES = ("auc", "value")
+CURVE, FRACTION = "curve", "fraction"  # a metric's curve, and its abscissa
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class MetricScores:
     @property
     def main_value(self) -> str | None:
         return next((name for name in _MAIN_VALUES if name in self.values), None)
+
+    @property
+    def curve_rows(self) -> int:
+        """How many rows have a curve to draw: "curve" over "fraction"."""
+        if not {CURVE, FRACTION} <= self.curves.keys():
+            return 0
+        return len(common_curve(self.curves[FRACTION], self.curves[CURVE])[2])
 
     def better(self, name: str) -> str:
         """ "higher", "lower" or "" (not known). The metric's word is about its main value, if it has one."""
@@ -107,11 +116,12 @@ def long_table(scores: Sequence[MetricScores], rows: Sequence[Row], method: str)
 
 
 def summary_table(store: RunStore) -> pd.DataFrame:
-    """One line a metric, by name: method, metric, mean, low, high, n, undefined, groups, better, settings, rows.
+    """One line a metric, by name. Columns: SUMMARY_COLUMNS.
 
     n rows in `groups` groups make the mean; `undefined` more were scored without a finite value and are left out.
     low, high: 95 % bootstrap interval over groups, NaN with a single group. better: "higher", "lower" or "".
-    settings: hash of the metric's settings. rows: hash of the scored rows' ids (equal = the same rows).
+    settings: hash of the metric's settings. rows: hash of the scored rows' ids (equal = the same rows). curves: how
+    many rows have a curve with a defined value, of which curves.csv holds the mean.
     """
     return summarise(read_run_scores(store), store.rows(), method_name(store))
 
@@ -144,6 +154,7 @@ def summarise(scores: Sequence[MetricScores], rows: Sequence[Row], method: str) 
                 "better": metric.better(name),
                 "settings": digest(metric.key.settings),
                 "rows": row_sets[metric.label],
+                "curves": metric.curve_rows if name == metric.main_value else 0,
             }
         )
     return pd.DataFrame(lines, columns=SUMMARY_COLUMNS)
@@ -176,13 +187,13 @@ def differing_settings(keys: Iterable[MetricKey]) -> dict[str, str]:
 def write_tables(store: RunStore, scores: Sequence[MetricScores]) -> pd.DataFrame:
     """Make metrics.csv and summary.csv of a run from its scores; returns the summary."""
     rows, method = store.rows(), method_name(store)
-    _write_table(store, "metrics.csv", long_table(scores, rows, method))
+    write_table(store, "metrics.csv", long_table(scores, rows, method))
     summary = summarise(scores, rows, method)
-    _write_table(store, "summary.csv", summary)
+    write_table(store, "summary.csv", summary)
     return summary
 
 
-def _write_table(store: RunStore, name: str, table: pd.DataFrame) -> None:
+def write_table(store: RunStore, name: str, table: pd.DataFrame) -> None:
     store.write_text(name, csv_text(table))
 
 
@@ -193,20 +204,35 @@ def csv_text(table: pd.DataFrame) -> str:
 
 def read_summary(store: RunStore) -> pd.DataFrame | None:
     """summary.csv where it is there, whole and newer than every score; None: make it again."""
-    path = store.path / "summary.csv"
     try:
-        if path.stat().st_mtime_ns <= _newest_score(store):
+        if (store.path / "summary.csv").stat().st_mtime_ns <= _newest_score(store):
             return None
+    except OSError:
+        return None
+    return read_csv(store, "summary.csv", SUMMARY_COLUMNS, _TEXT_COLUMNS, ("mean", "low", "high"))
+
+
+def read_values(store: RunStore) -> pd.DataFrame | None:
+    """metrics.csv as it was written beside a fresh summary.csv, or None: make it again."""
+    return read_csv(store, "metrics.csv", METRICS_COLUMNS, METRICS_COLUMNS[:-1], ("value",))
+
+
+def read_csv(
+    store: RunStore, name: str, columns: Sequence[str], text: Sequence[str], exact: Sequence[str]
+) -> pd.DataFrame | None:
+    """A table of a run that was written with `csv_text`; None where it is absent or another one."""
+    try:
         # a method may be called "NA", and a hash may look like a number: text stays text
         table = pd.read_csv(
-            path,
-            dtype=dict.fromkeys(_TEXT_COLUMNS, str),
+            store.path / name,
+            dtype=dict.fromkeys(text, str),
             keep_default_na=False,
-            converters=dict.fromkeys(("mean", "low", "high"), float),  # Python's own: exact
+            converters=dict.fromkeys(exact, float),  # Python's own: exact
+            encoding_errors="surrogateescape",
         )
     except (OSError, ValueError):
         return None
-    return table if list(table.columns) == SUMMARY_COLUMNS else None
+    return table if list(table.columns) == list(columns) else None
 
 
 def _newest_score(store: RunStore) -> int:
