@@ -105,6 +105,7 @@ def run(plan: Plan) -> Outcome:
     """Do what is left of a plan. Raises UserError for what a user can put right."""
     started = time.perf_counter()
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # "float32" in the identity means all of its bits
     with run_log() as said:
         samples = plan.dataset.samples()
         _check_rows(plan, samples)
