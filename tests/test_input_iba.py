@@ -159,6 +159,18 @@ def test_the_prior_finds_the_patch(estimator: str) -> None:
         assert level(heatmap, row, column) > 1.2 * level(heatmap, row + 4, column + 4)
 
 
+def test_a_constant_prior_is_a_half_everywhere() -> None:
+    settings = InputIBA(feature=FEATURE, estimator="constant", output="prior")
+    assert torch.equal(settings.fit(patches_backbone(), KNOWN, 0)(planted()).heatmap, torch.full((5, 32, 32), 0.5))
+    masks = [
+        dataclasses.replace(settings, estimator=e, output="mask", steps=12, learning_rate=1.0).fit(
+            patches_backbone(), KNOWN, 0
+        )(planted())
+        for e in ("constant", "none")
+    ]
+    assert relative(masks[0].heatmap, masks[1].heatmap) > 1e-3  # the prior is used
+
+
 def test_the_target_matters() -> None:
     """Two patches, two targets: the mask is where the explained colour is."""
     pictures = patch_pictures([[(0, 1, 1), (1, 6, 5)]] * 2)

@@ -45,11 +45,11 @@ class InputIBA:
     direct: DirectEstimator = field(default_factory=DirectEstimator)
     wgan: WganEstimator = field(default_factory=WganEstimator)
     beta: float = 20.0
-    learning_rate: float = 1.0
-    steps: int = 60
-    draws: int = 4
+    learning_rate: float = 0.3
+    steps: int = 50
+    draws: int = 8
     initial_alpha: float = 5.0
-    smoothing: float = 1.0
+    smoothing: float = 1.5
     output: Literal["mask", "prior"] = "mask"
 
     version: ClassVar[int] = 1

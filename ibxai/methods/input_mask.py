@@ -32,10 +32,10 @@ class DirectEstimator:
     `draws` passes through the network's head.
     """
 
-    learning_rate: float = 0.5
+    learning_rate: float = 0.1
     steps: int = 20
-    draws: int = 4
-    smoothing: float = 1.0
+    draws: int = 8
+    smoothing: float = 2.0
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "steps", part="method.direct")
