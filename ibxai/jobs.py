@@ -136,6 +136,7 @@ def _attempt(cfg: DictConfig, overrides: list[str], config_dir: Path | None) -> 
     # Hydra notes no choice where a list was chosen; a metric's settings stand under its name
     choices = {**HydraConfig.get().runtime.choices, "metric": list(cfg.metric)}
     try:
+        _check_mode()
         plan = make_plan(cfg, choices, hints(entries(config_dir), choices), command)
         from ibxai import pipeline
 
@@ -155,6 +156,15 @@ def _attempt(cfg: DictConfig, overrides: list[str], config_dir: Path | None) -> 
     print(f"report: {outcome.report}", flush=True)
     summary = f"done: {told(outcome)}" + (f", {skipped}" if outcome.skipped else "")
     return Record(overrides, SKIPPED if outcome.skipped else DONE, summary, str(outcome.folder))
+
+
+def _check_mode() -> None:
+    """A preset that holds a sweep would without -m run once, with none of its values, and not say so."""
+    job = HydraConfig.get()
+    swept = job.sweeper.get("params") if job.mode is RunMode.RUN else None
+    if swept:
+        values = " ".join(f"{name}={value}" for name, value in swept.items())
+        raise UserError(f"This experiment is a sweep over {values}.\nRun it with -m.")
 
 
 def told(outcome: Outcome) -> str:
