@@ -24,13 +24,13 @@ from ibxai.types import Attribution, Attributor, Batch, Method, ScoreKind, Unit
 _MASKS = {"resolution": 8, "iterations": 6, "lambda1": 0.02, "sigma": 3.0, "lambda2": 1.0, "score": "logit"}
 # Settings that only make a method cheaper, where its YAML's would take long even here, or let it see anything here.
 QUICK: Mapping[str, Mapping[str, Any]] = {
-    "input_iba": {"steps": 12, "draws": 4},
+    "input_iba": {"steps": 12, "draws": 4, "learning_rate": 1.0},
     "lime": {"samples": 64},
     "igospp": _MASKS,
     "igos": _MASKS,
     "mask": _MASKS | {"iterations": 10},
     "rise": {"masks": 200, "check_every": 100},
-    "extremal_perturbation": {"steps": 8, "areas": [0.1, 0.4], "sigma": 3.0},
+    "extremal_perturbation": {"steps": 20, "areas": [0.1, 0.4], "sigma": 3.0},
 }
 # Methods that do not look at the target.
 BLIND = {"random"}

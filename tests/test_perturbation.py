@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from networks import noise_pictures, relative
+from networks import batch_of, noise_pictures, relative
 
 from ibxai.errors import UserError
-from ibxai.methods.perturbation import BASELINES, baseline_picture, gaussian_blur
+from ibxai.methods.perturbation import (
+    BASELINES,
+    METHOD_BASELINES,
+    Baseline,
+    baseline_picture,
+    gaussian_blur,
+    mean_picture,
+)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 4.0])
@@ -91,3 +98,35 @@ def test_a_kernel_of_a_given_width(kernel: int) -> None:
     inside = found[lowest : lowest + kernel, lowest : lowest + kernel].double().numpy()
     np.testing.assert_allclose(inside, np.outer(weights, weights), atol=1e-7)
     assert found.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_methods_baselines() -> None:
+    assert set(METHOD_BASELINES) == {"blur", "constant", "noise", "dataset_mean"}
+    batch = batch_of(noise_pictures(3), [0, 1, 2])
+    blurred = Baseline("blur", 3.0, 5, 0.0, seed=0)(batch)
+    assert torch.equal(blurred, baseline_picture(batch.inputs, "blur", 3.0, 0.0, 5))
+    assert torch.equal(Baseline("constant", 1.0, None, 0.7, seed=0)(batch), torch.full_like(batch.inputs, 0.7))
+    with pytest.raises(UserError, match=r"method.kernel is 4: it must be odd, or null"):
+        Baseline("blur", 3.0, 4, 0.0, seed=0)
+    mean = torch.arange(3 * 32 * 32.0).view(3, 32, 32)
+    assert torch.equal(Baseline("dataset_mean", 1.0, None, 0.0, 0, mean)(batch), mean.expand(3, 3, 32, 32))
+
+
+def test_noise_is_normal_around_a_value_and_belongs_to_the_sample_and_the_seed() -> None:
+    batch = batch_of(torch.zeros(3, 3, 64, 64), [0, 1, 2])
+    found = Baseline("noise", 1.0, None, 0.7, seed=4)(batch)
+    assert float(found.mean()) == pytest.approx(0.7, abs=0.03)
+    assert float(found.std()) == pytest.approx(1, abs=0.03)
+    assert torch.equal(Baseline("noise", 1.0, None, 0.7, seed=4)(batch.take([2, 0])), found[[2, 0]])
+    assert relative(found[0], found[1]) > 0.1
+    assert relative(Baseline("noise", 1.0, None, 0.7, seed=5)(batch), found) > 0.1
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_the_mean_of_a_reference_split(size: int) -> None:
+    pictures = noise_pictures(10)
+    found = mean_picture([batch_of(part, [0] * len(part)) for part in pictures.split(size)])
+    assert found.dtype == torch.float32
+    assert relative(found, pictures.double().mean(0)) < 1e-6
+    with pytest.raises(UserError, match=r"the reference split, which is empty"):
+        mean_picture([])

@@ -1,16 +1,26 @@
-"""What a picture becomes where it is taken away: the baselines of insertion, deletion and the mask methods."""
+"""What a picture becomes where it is taken away: the baselines of insertion, deletion and the mask methods.
+
+A blur and a constant need the picture alone, so metrics know them too. Noise belongs to a seed and a sample, and the
+dataset's mean to the reference split: only methods are given these, and `Baseline` holds them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ibxai.draws import normal, sample_keys
 from ibxai.errors import UserError, nearest
+from ibxai.types import Batch
 
 BASELINES = ("blur", "constant")
+DATASET_MEAN = "dataset_mean"
+METHOD_BASELINES = (*BASELINES, "noise", DATASET_MEAN)
 
 
 def baseline_picture(
@@ -26,6 +36,48 @@ def baseline_picture(
     if kind == "blur":
         return gaussian_blur(inputs, sigma, kernel)
     raise UserError(f"There is no baseline '{kind}'. {nearest(kind, BASELINES)}")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The reference inputs of a method's batches.
+
+    kind: "blur", "constant" (see `baseline_picture`), "noise" (normal around `value`, of deviation 1 in normalised
+    units, drawn for the sample and the seed) or "dataset_mean" (`mean` [C, H, W], of the reference split).
+    Raises UserError for a kernel of even width.
+    """
+
+    kind: str
+    sigma: float
+    kernel: int | None
+    value: float
+    seed: int
+    mean: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
+            raise UserError(f"method.kernel is {self.kernel}: it must be odd, or null.")
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[B, C, H, W], without a gradient."""
+        inputs = batch.inputs.detach()
+        if self.kind == "noise":
+            keys = sample_keys(self.seed, batch.sample_ids, "baseline noise", inputs.device)
+            return normal(keys, 0, inputs.shape[1:]) + self.value
+        if self.kind == DATASET_MEAN and self.mean is not None:
+            return self.mean.to(inputs).expand_as(inputs)
+        return baseline_picture(inputs, self.kind, self.sigma, self.value, self.kernel)
+
+
+def mean_picture(reference: Iterable[Batch]) -> Tensor:
+    """float32 [C, H, W]: the mean of the reference split. Raises UserError when there is no picture."""
+    total, count = None, 0
+    for batch in reference:
+        own = batch.inputs.double().sum(0)
+        total, count = own if total is None else total + own, count + len(batch)
+    if total is None:
+        raise UserError("method.baseline=dataset_mean is the mean of the reference split, which is empty.")
+    return (total / count).float()
 
 
 def gaussian_blur(inputs: Tensor, sigma: float, kernel: int | None = None) -> Tensor:
