@@ -26,6 +26,7 @@ usage: ibxai COMMAND ...
   run         compute heatmaps, scores and a report (`ibxai run --help`: all settings)
   report      put all runs of a folder on one page
   list        show what can be chosen: datasets, backbones, methods, targets, metrics, studies
+  data        check a dataset's files: what is there, what is missing, what cannot be read
   doctor      check that this machine has what a run needs
   completion  tab completion: eval "$(ibxai completion bash)"
 
@@ -35,6 +36,7 @@ examples
   ibxai run -m method=iba,gradcam,random        three methods, one after the other
   ibxai run dataset=imagenet dataset.root=/data/imagenet backbone=resnet50 device=cuda
   ibxai run study=parameter_randomization       does the map change when the network forgets what it learnt?
+  ibxai data check dataset=mosmed dataset.root=/data/mosmed
   ibxai report                                  compare everything that was run so far
 
 Results land in outputs/<dataset>/<backbone>/<method>/<identity>/, and every run ends by naming its report.html.
@@ -204,6 +206,21 @@ def _list(arguments: list[str]) -> int:
     return 0
 
 
+def _data(arguments: list[str]) -> int:
+    parser = _parser("data", "check dataset=NAME [dataset.setting=value ...] [--read N | --all] [--config-dir DIR]")
+    parser.add_argument("what", choices=("check",), help="look whether the files are there and can be read")
+    parser.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="the dataset and its settings")
+    parser.add_argument("--read", type=int, default=200, metavar="N", help="decode N samples (200)")
+    parser.add_argument("--all", action="store_true", help="decode all of them")
+    parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="YAMLs of your own")
+    options = parser.parse_intermixed_args(arguments)
+    if options.read < 0:
+        raise UserError(f"--read {options.read}: 0 or more samples are expected.")
+    from ibxai.data_check import check_dataset
+
+    return check_dataset(options.overrides, None if options.all else options.read, options.config_dir)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = _parser("doctor", "[FOLDER]")
     parser.add_argument("folder", nargs="?", default="outputs", help="where the results are to land (outputs)")
@@ -231,6 +248,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "report": _report,
     "list": _list,
+    "data": _data,
     "doctor": _doctor,
     "completion": _completion,
 }

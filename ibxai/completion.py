@@ -38,7 +38,9 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
         return _fitting(last, [*commands, "--help", "--version"])
     if before[0] == "run":
         return _fitting(last, RUN_OPTIONS) if last.startswith("-") else _hydras(before[1:], last)
-    known = {"list": GROUPS, "completion": ("bash",)}.get(before[0], ())
+    if before[:2] == ["data", "check"]:
+        return [word for word in _hydras(before[2:], last) if word.startswith("dataset")]
+    known = {"list": GROUPS, "completion": ("bash",), "data": ("check",)}.get(before[0], ())
     return _fitting(last, known) if len(before) == 1 else []
 
 

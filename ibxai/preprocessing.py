@@ -28,7 +28,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __call__(self, picture: Picture) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(input float32 [C, crop, crop], regions bool [R, crop, crop]) of one picture.
+        """(input float32 [C, crop, crop], regions [R, crop, crop], bool or float32 as they came) of one picture.
 
         A region that the crop cuts away entirely stays as an empty plane: the annotation exists.
         """
@@ -39,8 +39,10 @@ class Preprocessing:
         return (pixels - self._column(self.mean)) / self._column(self.std), regions
 
     def _region(self, planes: Tensor) -> Tensor:
-        resized = tvf.resize(planes.to(torch.uint8), [self.resize], InterpolationMode.NEAREST_EXACT)
-        return tvf.center_crop(resized, [self.crop]).bool()
+        """Nearest pixels: a degree such as a severity takes no value between those that were annotated."""
+        work, kept = (torch.float32, torch.float32) if planes.is_floating_point() else (torch.uint8, torch.bool)
+        resized = tvf.resize(planes.to(work), [self.resize], InterpolationMode.NEAREST_EXACT)
+        return tvf.center_crop(resized, [self.crop]).to(kept)
 
     def picture_of(self, inputs: Tensor) -> np.ndarray:
         """uint8 [..., H, W, C]: what the network saw, for people. inputs: [..., C, H, W] after normalisation."""

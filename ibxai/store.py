@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -61,7 +62,11 @@ class Row:
 
 @dataclass(frozen=True)
 class StoredHeatmap:
-    """A finished row. heatmap: float32 [H, W], raw; target and prediction are class indices."""
+    """A finished row. heatmap: float32 [H, W], raw; target and prediction are class indices.
+
+    The probabilities are NaN of a regression. target_value: the explained output itself, a logit or a regression's
+    value; NaN in folders of runs that did not keep it.
+    """
 
     row_id: str
     heatmap: np.ndarray
@@ -71,6 +76,7 @@ class StoredHeatmap:
     prediction: int
     prediction_probability: float
     diagnostics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    target_value: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ class RunStore:
             "unit": stored.unit,
             "target": stored.target,
             "target_probability": stored.target_probability,
+            "target_value": stored.target_value,
             "prediction": stored.prediction,
             "prediction_probability": stored.prediction_probability,
         }
@@ -236,6 +243,7 @@ class RunStore:
                 target_probability=float(arrays["target_probability"]),
                 prediction=int(arrays["prediction"]),
                 prediction_probability=float(arrays["prediction_probability"]),
+                target_value=float(arrays.get("target_value", math.nan)),
                 diagnostics={n.removeprefix(_DIAGNOSTIC): v for n, v in arrays.items() if n.startswith(_DIAGNOSTIC)},
             )
         except KeyError as error:

@@ -7,16 +7,17 @@ the original network said, also after the picture is masked or the weights are r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ibxai.errors import BadSample, UserError, nearest
-from ibxai.types import Sample, ScoreKind
+from ibxai.types import Sample, ScoreKind, Target
 
 PREDICTED = -1
 _TINY = 1e-12
@@ -29,23 +30,54 @@ BOUNDS: tuple[str, ...] = get_args(Bound)
 
 
 @dataclass(frozen=True)
-class ClassTarget:
-    """One class of a softmax classifier a row. classes: long [B]; PREDICTED stands for the top class until bound."""
+class _OneOutput(ABC):
+    """One output of a classifier a row. classes: long [B]; PREDICTED stands for the top class until bound."""
 
     classes: Tensor
 
     @classmethod
-    def predicted(cls, rows: int) -> ClassTarget:
+    def predicted(cls, rows: int) -> Self:
         """The network's own choice for this many rows."""
         return cls(torch.full((rows,), PREDICTED))
 
-    def bind(self, out: Tensor) -> ClassTarget:
+    def bind(self, out: Tensor) -> Self:
         if self.classes.numel() and int(self.classes.max()) >= out.shape[1]:
             raise UserError(
                 f"Target class {int(self.classes.max())} does not exist: the network has {out.shape[1]} outputs, "
                 f"0 to {out.shape[1] - 1}."
             )
-        return ClassTarget(torch.where(self.classes == PREDICTED, out.argmax(1), self.classes))
+        return replace(self, classes=torch.where(self.classes == PREDICTED, out.argmax(1), self.classes))
+
+    @abstractmethod
+    def score(self, out: Tensor, kind: ScoreKind) -> Tensor: ...
+
+    @abstractmethod
+    def loss(self, out: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def removal_loss(self, out: Tensor, bound: Bound) -> Tensor: ...
+
+    @abstractmethod
+    def prediction(self, out: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def take(self, rows: Tensor) -> Self:
+        return replace(self, classes=self.classes[rows])
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, classes=self.classes.to(device))
+
+    def describe(self) -> Sequence[int]:
+        return self.classes.tolist()
+
+    def _bound(self) -> Tensor:
+        if (self.classes == PREDICTED).any():
+            raise RuntimeError("the target has not been bound: call target.bind(backbone(inputs)) first")
+        return self.classes
+
+
+@dataclass(frozen=True)
+class ClassTarget(_OneOutput):
+    """One class of a softmax classifier a row. classes: long [B]; PREDICTED stands for the top class until bound."""
 
     def score(self, out: Tensor, kind: ScoreKind) -> Tensor:
         """[B]: softmax probability (of out [B, K]), or the logit itself; "value" is the logit too."""
@@ -65,19 +97,40 @@ class ClassTarget:
         others = out.scatter(1, self._bound()[:, None], -torch.inf).logsumexp(1)
         return F.softplus(self.score(out, "logit") - others)
 
-    def take(self, rows: Tensor) -> ClassTarget:
-        return ClassTarget(self.classes[rows])
+    def prediction(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The top class and its softmax probability, [B] each."""
+        probability, index = out.softmax(1).max(1)
+        return index, probability
 
-    def to(self, device: torch.device) -> ClassTarget:
-        return ClassTarget(self.classes.to(device))
 
-    def describe(self) -> Sequence[int]:
-        return self.classes.tolist()
+@dataclass(frozen=True)
+class MultiLabelTarget(_OneOutput):
+    """One label a row of a network with a sigmoid an output, such as the 8 findings of ChestX-ray8 (CheXplain, sec. 3).
 
-    def _bound(self) -> Tensor:
-        if (self.classes == PREDICTED).any():
-            raise RuntimeError("the target has not been bound: call target.bind(backbone(inputs)) first")
-        return self.classes
+    classes: long [B]; PREDICTED stands for the most probable label until bound. What is explained is that the label is
+    present, whether the dataset says so or not: its loss is the binary cross-entropy to 1, and the other outputs do not
+    count.
+    """
+
+    def score(self, out: Tensor, kind: ScoreKind) -> Tensor:
+        """[B]: sigmoid probability (of out [B, K]), or the logit itself; "value" is the logit too."""
+        logit = out.gather(1, self._bound()[:, None])[:, 0]
+        return logit.sigmoid() if kind == "probability" else logit
+
+    def loss(self, out: Tensor) -> Tensor:
+        """[B]: -ln sigmoid of the label's logit, in nats."""
+        return F.softplus(-self.score(out, "logit"))
+
+    def removal_loss(self, out: Tensor, bound: Bound) -> Tensor:
+        """[B]: small when the evidence for the label is gone. See `Bound`."""
+        if bound == "none":
+            return -self.loss(out)
+        return self.score(out, "probability") if bound == "probability" else F.softplus(self.score(out, "logit"))
+
+    def prediction(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable label and its sigmoid probability, [B] each."""
+        logit, index = out.max(1)
+        return index, logit.sigmoid()
 
 
 RegressionLoss = Literal["mse", "rm", "deviation"]
@@ -129,6 +182,10 @@ class RegressionTarget:
         distance = self.loss(out) / (1.0 if self.kind == "rm" else self._bound().square().clamp_min(_TINY))
         return 1 / (1 + distance) if bound == "probability" else torch.log1p(1 / distance.clamp_min(_TINY))
 
+    def prediction(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The explained output itself, [B], with NaN [B]: a regression has no probability."""
+        return torch.full_like(out[:, 0], self.output, dtype=torch.long), torch.full_like(out[:, 0], torch.nan)
+
     def take(self, rows: Tensor) -> RegressionTarget:
         return replace(
             self, labels=self.labels[rows], reference=None if self.reference is None else self.reference[rows]
@@ -148,17 +205,39 @@ class RegressionTarget:
         return self.reference
 
 
+class TargetSpec(Protocol):
+    """What `target=` chooses: the rows that a sample gives, before the network has seen it. A frozen dataclass."""
+
+    def names(self) -> tuple[str, ...]:
+        """The part after "@" in the ids of the rows that one sample gives."""
+        ...
+
+    def make(self, sample: Sample) -> Tensor:
+        """long [len(names)]: the output that each row of this sample explains, PREDICTED for the network's own choice.
+
+        Raises BadSample where the dataset does not give what is asked for.
+        """
+        ...
+
+    def of_rows(self, outputs: Tensor, values: Tensor) -> Target:
+        """The target of rows that explain these outputs, long [B]. values: [B], what the dataset says that they are to
+        be, NaN where it says nothing.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Predicted:
     """Explain the class that the network predicts."""
 
     def names(self) -> tuple[str, ...]:
-        """The part after "@" in the ids of the rows that one sample gives."""
         return ("predicted",)
 
     def make(self, sample: Sample) -> Tensor:
-        """long [len(names)]: the class of each row of this sample, PREDICTED for the network's own choice."""
         return torch.tensor([PREDICTED])
+
+    def of_rows(self, outputs: Tensor, values: Tensor) -> ClassTarget:
+        return ClassTarget(outputs)
 
 
 @dataclass(frozen=True)
@@ -169,9 +248,10 @@ class Label:
         return ("label",)
 
     def make(self, sample: Sample) -> Tensor:
-        if sample.label is None:
-            raise BadSample("the dataset gives no label, and target=label asks for it")
-        return torch.tensor([sample.label])
+        return _label(sample, "target=label")
+
+    def of_rows(self, outputs: Tensor, values: Tensor) -> ClassTarget:
+        return ClassTarget(outputs)
 
 
 @dataclass(frozen=True)
@@ -181,8 +261,7 @@ class Classes:
     ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.ids or min(self.ids) < 0:
-            raise UserError(f"target.ids is {list(self.ids)}: give class numbers from 0 on, e.g. target.ids=[281,285].")
+        _check_ids(self.ids)
 
     def names(self) -> tuple[str, ...]:
         return tuple(str(i) for i in self.ids)
@@ -190,5 +269,65 @@ class Classes:
     def make(self, sample: Sample) -> Tensor:
         return torch.tensor(self.ids)
 
+    def of_rows(self, outputs: Tensor, values: Tensor) -> ClassTarget:
+        return ClassTarget(outputs)
 
-TargetSpec = Predicted | Label | Classes
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Explain labels of a network with a sigmoid an output.
+
+    ids: the same given labels of every sample, one row a label; or "label", the one that the dataset gives as the
+    sample's own; or "predicted", the most probable one.
+    """
+
+    ids: tuple[int, ...] | Literal["label", "predicted"]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ids, str):
+            _check_ids(self.ids)
+
+    def names(self) -> tuple[str, ...]:
+        return (self.ids,) if isinstance(self.ids, str) else tuple(str(i) for i in self.ids)
+
+    def make(self, sample: Sample) -> Tensor:
+        if self.ids == "label":
+            return _label(sample, "target.ids=label")
+        return torch.tensor([PREDICTED] if self.ids == "predicted" else self.ids)
+
+    def of_rows(self, outputs: Tensor, values: Tensor) -> MultiLabelTarget:
+        return MultiLabelTarget(outputs)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Explain one real output of the network (Regression IBA). kind, output: see `RegressionTarget`."""
+
+    kind: RegressionLoss
+    output: int
+
+    def __post_init__(self) -> None:
+        if self.output < 0:
+            raise UserError(f"target.output is {self.output}: give the number of an output, from 0 on.")
+
+    def names(self) -> tuple[str, ...]:
+        return (str(self.output),)
+
+    def make(self, sample: Sample) -> Tensor:
+        if self.kind == "mse" and self.output >= len(sample.values):
+            raise BadSample(f"the dataset gives no value for output {self.output}, and target.kind=mse asks for it")
+        return torch.tensor([self.output])
+
+    def of_rows(self, outputs: Tensor, values: Tensor) -> RegressionTarget:
+        return RegressionTarget(self.kind, values, self.output)
+
+
+def _label(sample: Sample, asking: str) -> Tensor:
+    if sample.label is None:
+        raise BadSample(f"the dataset gives no label, and {asking} asks for it")
+    return torch.tensor([sample.label])
+
+
+def _check_ids(ids: Sequence[int]) -> None:
+    if not ids or min(ids) < 0:
+        raise UserError(f"target.ids is {list(ids)}: give class numbers from 0 on, e.g. target.ids=[281,285].")

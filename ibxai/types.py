@@ -32,6 +32,9 @@ class Sample:
     group_id: patient, study or the sample itself; splits and bootstrap intervals resample groups.
     source: the file its pixels come from, and `size` the file's bytes (0 when it is not known).
     label: class index, or None where the dataset gives none.
+    values: what a network with several labels or with real outputs is to say, one number an output in the order of
+    the dataset's class names (0 or 1 for a label, a score for a regression); empty where the dataset gives none.
+    decoding: the dataset's settings that change the pixels made from the file, such as a window; "" where none do.
     """
 
     sample_id: str
@@ -39,13 +42,16 @@ class Sample:
     source: Path
     size: int
     label: int | None = None
+    values: tuple[float, ...] = ()
+    decoding: str = ""
 
 
 @dataclass(frozen=True)
 class Picture:
     """A decoded sample, before the network's preprocessing.
 
-    regions: named boolean planes [R, H, W] at the picture's own size; a name is absent when nothing was annotated.
+    regions: named planes [R, H, W] at the picture's own size, bool, or float where they have a degree ("severity"); a
+    name is absent when nothing was annotated. "target@3" is "target" in the rows that explain output 3, and only there.
     """
 
     image: Image.Image
@@ -58,7 +64,8 @@ class Dataset(Protocol):
     `samples` and `reference` raise `UserError` when the layout is not there; `read` raises `BadSample`.
     `reference` is the split that feature statistics are estimated on; `reference_note` says what it is.
     A dataset with regions also has `annotations() -> str`, a digest of what they are made from: scores of metrics that
-    read regions are named by it.
+    read regions are named by it. One with a train and a test split has `in_split(name)`, and `facts()` where there is
+    more to say in `ibxai data check` than what all datasets have.
     """
 
     @property
@@ -89,6 +96,10 @@ class Target(Protocol):
 
     def removal_loss(self, out: Tensor, bound: Bound) -> Tensor:
         """[B]: what an inverse bottleneck minimises: small when the evidence is gone, bounded as `bound` says."""
+        ...
+
+    def prediction(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network says: an output's index [B] and its probability [B], NaN where outputs have none."""
         ...
 
     def take(self, rows: Tensor) -> Target: ...

@@ -145,9 +145,10 @@ class Worker:
 
 
 def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequence[str]) -> list[StoredHeatmap]:
-    probabilities = out.softmax(1)
-    prediction_probability, prediction = probabilities.max(1)
-    target_probability = batch.target.score(out, "probability")
+    prediction, prediction_probability = batch.target.prediction(out)
+    value = batch.target.score(out, "value")
+    has_probability = not prediction_probability.isnan().all()  # a regression has none
+    target_probability = batch.target.score(out, "probability") if has_probability else prediction_probability
     heatmaps = attribution.heatmap.detach().cpu().numpy()
     diagnostics = {name: value.detach().cpu().numpy() for name, value in attribution.diagnostics.items()}
     return [
@@ -157,6 +158,7 @@ def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequ
             unit=attribution.unit,
             target=batch.target.describe()[i],
             target_probability=float(target_probability[i]),
+            target_value=float(value[i]),
             prediction=int(prediction[i]),
             prediction_probability=float(prediction_probability[i]),
             diagnostics={name: value[i] for name, value in diagnostics.items()},

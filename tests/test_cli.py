@@ -292,7 +292,7 @@ def test_a_mistake_is_one_or_two_lines_and_nothing_runs(
         (["method=iba"], "A command comes first: ibxai run method=iba"),
         (["-x"], "There is no command '-x'."),
         (["list", "methods"], "There is no group 'methods'. Did you mean method?"),
-        (["list", "target", "labl"], "There is no target 'labl'. Did you mean label?"),
+        (["list", "target", "labl"], "There is no target 'labl'. Did you mean label or multilabel?"),
         (["list", "--config-dir", "/nope"], "there is no such folder"),
         (["report", "/nope"], "There is no folder '/nope'"),
         (["report", "a", "b"], "unrecognized arguments: b"),
@@ -553,7 +553,7 @@ def test_list(config_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "target"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "target"
-    assert lines[-1] == "  predicted  The class that the network predicts  (default)"
+    assert "  predicted   The class that the network predicts  (default)" in lines
     assert main(["list", "method", "blur", "--config-dir", str(config_dir)]) == 0
     assert "sigma: 2.0  # its width" in capsys.readouterr().out
 

@@ -32,10 +32,17 @@ def test_words_of_the_other_commands() -> None:
 
 def test_groups_options_and_keys() -> None:
     assert complete("ibxai run targ") == ["target=", "target."] or complete("ibxai run targ") == ["target.", "target="]
-    assert complete("ibxai run target=") == ["target=classes", "target=label", "target=predicted"]
+    targets = ["classes", "label", "multilabel", "predicted", "regression"]
+    assert complete("ibxai run target=") == [f"target={name}" for name in targets]
     assert complete("ibxai run -m target=l") == ["target=label"]
     assert complete("ibxai run batch") == ["batch_size="]
     assert complete("ibxai run seed=1 lim") == ["limit="]
+
+
+def test_data_check_takes_a_dataset_alone() -> None:
+    assert complete("ibxai data ") == ["check "]
+    assert complete("ibxai data check dataset=mos") == ["dataset=mosmed"]
+    assert complete("ibxai data check met") == []
 
 
 def test_nothing_that_is_refused_is_offered() -> None:
@@ -51,7 +58,7 @@ def test_half_typed_lines_are_no_error(words: str) -> None:
 def test_configs_of_the_users(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "mine.yaml").write_text("# mine\n")
-    assert complete(f"ibxai run --config-dir {tmp_path} target=m") == ["target=mine"]
+    assert complete(f"ibxai run --config-dir {tmp_path} target=mi") == ["target=mine"]
 
 
 def test_in_bash(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from ibxai.datasets.loading import Loaded, load_batches, reference_batches, sample_table_digest
 from ibxai.errors import BadSample
 from ibxai.preprocessing import Preprocessing
-from ibxai.targets import PREDICTED, Classes, Label, Predicted, TargetSpec
+from ibxai.targets import PREDICTED, Classes, Label, MultiLabel, Predicted, Regression, RegressionTarget, TargetSpec
 from ibxai.types import Picture, Sample
 
 PREPROCESSING = Preprocessing(resize=8, crop=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -134,6 +134,51 @@ def test_regions_are_padded_with_empty_planes() -> None:
     assert not without.batch.regions
 
 
+@dataclass(frozen=True)
+class Graded(Grey):
+    """Sample i has the values (i, 10 i), the degree i everywhere, and of output c a target of c + 1 planes."""
+
+    def samples(self) -> Sequence[Sample]:
+        return [replace(s, values=(float(s.source.name), 10 * float(s.source.name))) for s in super().samples()]
+
+    def read(self, sample: Sample) -> Picture:
+        degree = {"severity": torch.full((1, 8, 8), float(sample.source.name))} if sample.sample_id != "s0" else {}
+        targets = {f"target@{c}": torch.ones(c + 1, 8, 8, dtype=torch.bool) for c in (0, 2)}
+        return Picture(super().read(sample).image, degree | targets)
+
+
+def test_a_degree_stays_a_number_in_the_batch() -> None:
+    (loaded,) = load(Graded(4), Regression("mse", 1), size=8)
+    assert loaded.batch is not None
+    severity = loaded.batch.regions["severity"]
+    assert severity.dtype == torch.float32
+    assert severity[:, 0, 3, 3].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_each_row_gets_the_target_that_it_explains() -> None:
+    batches = load(Graded(4), MultiLabel((2, 1, 0)), size=12)
+    assert batches[0].batch is not None
+    planes = batches[0].batch.regions["target"].any(dim=(2, 3)).sum(1).tolist()
+    assert planes == [3, 0, 1] * 4
+    assert set(batches[0].batch.regions) == {"severity", "target"}
+    (predicted,) = load(Graded(4), Predicted(), size=12)  # its labels are 0, none, 2, 3
+    assert predicted.batch is not None
+    assert predicted.batch.regions["target"].any(dim=(2, 3)).sum(1).tolist() == [1, 0, 3, 0]
+
+
+def test_values_become_the_labels_of_a_regression() -> None:
+    (loaded,) = load(Graded(3), Regression("mse", 1), size=8)
+    assert loaded.row_ids == ("s0@1", "s1@1", "s2@1")
+    assert loaded.batch is not None
+    target = loaded.batch.target
+    assert isinstance(target, RegressionTarget)
+    assert target.labels.tolist() == [0.0, 10.0, 20.0]
+    assert target.output == 1
+    (without,) = load(Grey(2), Regression("mse", 0))
+    assert without.batch is None
+    assert "no value for output 0" in without.skipped["s0"]
+
+
 def test_workers_change_nothing() -> None:
     dataset = Grey(23, bad=(3, 11, 22), broken=(4,), annotated=(5, 6))
     random_state = torch.random.get_rng_state()
@@ -196,6 +241,10 @@ def test_the_digest_tells_tables_apart_and_ignores_paths() -> None:
         Sample("a", "g", base.source, 6, 1),
         Sample("a", "g", base.source, 5, 2),
         Sample("a", "g", base.source, 5, None),
+        Sample("a", "g", base.source, 5, 1, (0.0,)),
+        Sample("a", "g", base.source, 5, 1, (1.0,)),
+        Sample("a", "g", base.source, 5, 1, (), "window 0 1"),
+        Sample("a", "g", base.source, 5, 1, (), "window 0 2"),
     ]
     digests = [sample_table_digest([s]) for s in (base, *others)]
     digests += [sample_table_digest(pair) for pair in ([base, others[0]], [others[0], base])]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ibxai.errors import BadSample, UserError
 from ibxai.preprocessing import Preprocessing
-from ibxai.targets import PREDICTED, Classes, ClassTarget, Label, Predicted
+from ibxai.targets import PREDICTED, Classes, ClassTarget, Label, MultiLabel, MultiLabelTarget, Predicted, Regression
 from ibxai.types import Attribution, Batch, Picture, Sample
 
 OUT = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 3.5], [-2.0, -1.0, -4.0], [30.0, -30.0, 0.0]])
@@ -97,6 +97,78 @@ def test_classes_that_cannot_be(ids: tuple[int, ...]) -> None:
         Classes(ids)
 
 
+# --- several labels: a sigmoid an output
+
+
+def test_a_label_is_a_sigmoid_of_its_own() -> None:
+    classes = torch.tensor([0, 1, 2, 1])
+    target = MultiLabelTarget(classes).bind(OUT)
+    logits = OUT.double()[torch.arange(4), classes]
+    probability = 1 / (1 + (-logits).exp())
+    torch.testing.assert_close(target.score(OUT, "probability").double(), probability, rtol=1e-6, atol=0)
+    for kind in ("logit", "value"):
+        assert torch.equal(target.score(OUT, kind), OUT[torch.arange(4), classes])  # type: ignore[arg-type]
+    entropy = F.binary_cross_entropy_with_logits(logits, torch.ones(4).double(), reduction="none")
+    torch.testing.assert_close(target.loss(OUT).double(), entropy, rtol=1e-6, atol=0)
+    assert target.loss(OUT)[3] == pytest.approx(30)  # nats, not cut off where the sigmoid underflows
+    others = OUT + torch.tensor([[0.0, 5.0, -3.0]])  # the other outputs do not count
+    first = MultiLabelTarget(torch.zeros(4, dtype=torch.long))
+    assert torch.equal(first.loss(others), first.loss(OUT))
+
+
+def test_removal_of_a_label() -> None:
+    target = MultiLabelTarget(torch.tensor([0, 1, 2, 0]))
+    logits = OUT.double()[torch.arange(4), target.classes]
+    p, complement = logits.sigmoid(), (-logits).sigmoid()
+    for bound, wanted in [("complement", -complement.log()), ("probability", p), ("none", p.log())]:
+        torch.testing.assert_close(target.removal_loss(OUT, bound).double(), wanted, rtol=1e-5, atol=1e-9)
+    sure = torch.tensor([[40.0]]).requires_grad_()  # -ln(1 - p) computed from p would be infinite in float32
+    (gradient,) = torch.autograd.grad(MultiLabelTarget(torch.tensor([0])).removal_loss(sure, "complement").sum(), sure)
+    assert gradient.item() == pytest.approx(1.0)
+
+
+def test_labels_bind_take_and_say_what_the_network_predicts() -> None:
+    bound = MultiLabelTarget.predicted(4).bind(OUT)
+    assert isinstance(bound, MultiLabelTarget)
+    assert bound.classes.tolist() == [0, 2, 1, 0]
+    taken = bound.take(torch.tensor([2, 0]))
+    assert isinstance(taken, MultiLabelTarget)
+    assert taken.describe() == [1, 0]
+    index, probability = bound.prediction(OUT)
+    assert index.tolist() == [0, 2, 1, 0]
+    torch.testing.assert_close(probability, OUT.amax(1).sigmoid())
+    index, probability = ClassTarget(torch.tensor([2, 2, 2, 2])).prediction(OUT)
+    assert index.tolist() == [0, 2, 1, 0]
+    torch.testing.assert_close(probability, OUT.softmax(1).amax(1))
+    with pytest.raises(UserError, match="class 3 does not exist"):
+        MultiLabelTarget(torch.tensor([3, 0, 0, 0])).bind(OUT)
+    with pytest.raises(RuntimeError, match="bound"):
+        MultiLabelTarget.predicted(4).loss(OUT)
+
+
+def test_the_specifications_of_labels_and_of_a_regression() -> None:
+    graded = Sample("s", "s", Path("nowhere"), 0, None, (4.0, 7.0))
+    assert MultiLabel((3, 1)).names() == ("3", "1")
+    assert MultiLabel((3, 1)).make(sample(None)).tolist() == [3, 1]
+    assert (MultiLabel("label").names(), MultiLabel("label").make(sample(2)).tolist()) == (("label",), [2])
+    assert MultiLabel("predicted").make(sample(2)).tolist() == [PREDICTED]
+    with pytest.raises(BadSample, match="no label"):
+        MultiLabel("label").make(sample(None))
+    assert (Regression("mse", 1).names(), Regression("mse", 1).make(graded).tolist()) == (("1",), [1])
+    for spec, bad in ((Regression("mse", 2), graded), (Regression("mse", 0), sample(3))):
+        with pytest.raises(BadSample, match=f"no value for output {spec.output}"):
+            spec.make(bad)
+    assert Regression("deviation", 2).make(sample(None)).tolist() == [2]  # which needs no label
+    made = Regression("mse", 1).of_rows(torch.tensor([1, 1]), torch.tensor([4.0, 7.0]))
+    assert made.loss(torch.tensor([[0.0, 5.0], [0.0, 5.0]])).tolist() == [1.0, 4.0]
+    assert made.prediction(torch.zeros(2, 3))[0].tolist() == [1, 1]
+    assert made.prediction(torch.zeros(2, 3))[1].isnan().all()
+    with pytest.raises(UserError, match=r"target\.output"):
+        Regression("mse", -1)
+    with pytest.raises(UserError, match=r"target\.ids"):
+        MultiLabel(())
+
+
 @pytest.mark.parametrize("rows", [[2, 0, 2, 2], torch.tensor([2, 0, 2, 2])])
 def test_batch_take_brings_everything_along(rows) -> None:
     inputs = noise_pictures(3, (3, 4, 4))
@@ -175,6 +247,19 @@ def test_regions_follow_the_picture() -> None:
     assert int(region[0].sum()) == 36
     assert not region[1].any()  # stays, empty
     assert region[2].all()
+
+
+def test_a_region_with_a_degree_keeps_it() -> None:
+    """A severity is no yes or no: its values come through, and no value between them appears."""
+    degrees = torch.zeros(1, 60, 90)
+    degrees[0, :, :45], degrees[0, 30:, 45:] = 3, 0.5
+    prepare = Preprocessing(resize=20, crop=12, mean=(0.0,) * 3, std=(1.0,) * 3)
+    _, regions = prepare(Picture(numbered(90, 60), {"severity": degrees}))
+    found = regions["severity"]
+    assert found.dtype == torch.float32
+    wanted = torch.zeros(12, 12)
+    wanted[:, :6], wanted[6:, 6:] = 3, 0.5
+    assert torch.equal(found[0], wanted)
 
 
 def test_picture_of_undoes_the_normalisation() -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ibxai.errors import BadSample
 from ibxai.preprocessing import Preprocessing
-from ibxai.targets import ClassTarget, Predicted, TargetSpec
+from ibxai.targets import PREDICTED, Predicted, TargetSpec
 from ibxai.types import Batch, Dataset, Sample
 
 Work = Sequence[tuple[Sample, tuple[int, ...]]]
@@ -58,7 +58,9 @@ def load_batches(
 
     A sample for which `dataset.read` or the target fails is left out, and the batch is filled with the next ones.
     Regions get as many planes as the row with most has, and rows with fewer or without the region get empty ones: an
-    all-empty region of a row means that there is nothing to judge it by, not annotated or cut away by the crop.
+    all-empty region of a row means that there is nothing to judge it by, not annotated or cut away by the crop. A
+    region "target@3" is "target" in the rows that explain output 3; a row that explains what the network predicts gets
+    that of the sample's label.
     """
     names = target_spec.names()
     rows: list[_Row] = []
@@ -71,10 +73,10 @@ def load_batches(
         for position in positions:
             rows.append(_Row(sample, names[position], int(item.classes[position]), item))
             if len(rows) == batch_size:
-                yield _loaded(rows, skipped)
+                yield _loaded(rows, target_spec, skipped)
                 rows, skipped = [], {}
     if rows or skipped:
-        yield _loaded(rows, skipped)
+        yield _loaded(rows, target_spec, skipped)
 
 
 @dataclass
@@ -113,10 +115,11 @@ def reference_batches(
 
 
 def sample_table_digest(samples: Sequence[Sample]) -> str:
-    """sha256 over sample id, group, label and file size in this order, as 64 hex digits; paths do not count."""
+    """sha256 over all of a sample but its path, in this order, as 64 hex digits."""
     digest = hashlib.sha256()
     for sample in samples:
-        line = json.dumps([sample.sample_id, sample.group_id, sample.label, sample.size])
+        more = [entry for entry in (sample.values, sample.decoding) if entry]
+        line = json.dumps([sample.sample_id, sample.group_id, sample.label, sample.size, *more])
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
@@ -138,6 +141,19 @@ class _Row:
     target_name: str
     target_class: int
     item: _Item
+
+    @property
+    def value(self) -> float:
+        """What the dataset says that the explained output is to be; NaN where it says nothing."""
+        values = self.sample.values
+        return values[self.target_class] if 0 <= self.target_class < len(values) else float("nan")
+
+    @property
+    def regions(self) -> Mapping[str, np.ndarray]:
+        """By name, those of the explained output and those that belong to all rows."""
+        own = self.sample.label if self.target_class == PREDICTED else self.target_class
+        named = ((*name.partition("@"), planes) for name, planes in self.item.regions.items())
+        return {name: planes for name, at, output, planes in named if not at or output == str(own)}
 
 
 @dataclass(frozen=True)
@@ -198,28 +214,30 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _loaded(rows: Sequence[_Row], skipped: Mapping[str, str]) -> Loaded:
+def _loaded(rows: Sequence[_Row], target_spec: TargetSpec, skipped: Mapping[str, str]) -> Loaded:
     if not rows:
         return Loaded(None, skipped=skipped)
     batch = Batch(
         inputs=torch.from_numpy(np.stack([row.item.inputs for row in rows])),
-        target=ClassTarget(torch.tensor([row.target_class for row in rows])),
+        target=target_spec.of_rows(
+            torch.tensor([row.target_class for row in rows]), torch.tensor([row.value for row in rows])
+        ),
         sample_ids=tuple(row.sample.sample_id for row in rows),
         group_ids=tuple(row.sample.group_id for row in rows),
-        regions=_regions([row.item.regions for row in rows]),
+        regions=_regions([row.regions for row in rows]),
     )
     row_ids = tuple(f"{row.sample.sample_id}@{row.target_name}" for row in rows)
     return Loaded(batch, row_ids, tuple(row.sample.label for row in rows), skipped)
 
 
 def _regions(of_rows: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:
-    """bool [B, R, H, W] of each name that any row has."""
+    """[B, R, H, W] of each name that any row has, bool or float as the planes are."""
     padded = {}
     for name in sorted({name for regions in of_rows for name in regions}):
         planes = [regions.get(name) for regions in of_rows]
         most = max(len(own) for own in planes if own is not None)
-        height, width = next(own.shape[1:] for own in planes if own is not None)
-        whole = np.zeros((len(planes), most, height, width), dtype=bool)
+        first = next(own for own in planes if own is not None)
+        whole = np.zeros((len(planes), most, *first.shape[1:]), dtype=first.dtype)
         for row, own in enumerate(planes):
             if own is not None:
                 whole[row, : len(own)] = own

@@ -37,13 +37,13 @@ def read_picture(path: Path) -> Image.Image:
     Raises `BadSample` with the reason: no such file, empty, not a picture, damaged, cut short, too large, or numbers
     that cannot be turned into colours.
     """
-    _check_file(path)
+    check_file(path)
     try:
         with warnings.catch_warnings():
             # Pillow warns of large sizes, which are checked below, and of metadata, which are not used.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
-                _check_size(image.width, image.height)
+                check_size(image.width, image.height)
                 return _rgb(image)
     except BadSample:
         raise
@@ -57,7 +57,8 @@ def read_picture(path: Path) -> Image.Image:
         raise BadSample(f"damaged or cut short: {error or type(error).__name__}") from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises BadSample when there is no file here, or an empty one."""
     try:
         found = path.stat()
     except OSError as error:
@@ -68,7 +69,8 @@ def _check_file(path: Path) -> None:
         raise BadSample("the file is empty (0 bytes)")
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raises BadSample for a picture of more pixels than are read, or a strip. For use before pixels are allocated."""
     if width * height > MAX_PIXELS:
         raise BadSample(f"{width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} that are read")
     if max(width, height) > MAX_SIDE_RATIO * min(width, height):

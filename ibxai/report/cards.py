@@ -47,6 +47,7 @@ class Card:
     undefined_pixels: int
     target: str
     target_probability: float
+    regressed: float | None  # the explained value, where the network gives a number and no class
     prediction: str
     prediction_probability: float
     explains_prediction: bool
@@ -90,6 +91,7 @@ def _card(
     write_overlay(store, row.row_id, heat)
     scale = scale_of(stored.heatmap)
     finite = stored.heatmap[np.isfinite(stored.heatmap)].astype(np.float64)
+    regressed = stored.target_value if np.isnan(stored.target_probability) else None
     return Card(
         row=row,
         picture=image_uri(_shown(picture), "jpeg"),
@@ -104,11 +106,12 @@ def _card(
         undefined_pixels=stored.heatmap.size - finite.size,
         target=class_name(stored.target, names),
         target_probability=stored.target_probability,
+        regressed=regressed,
         prediction=class_name(stored.prediction, names),
         prediction_probability=stored.prediction_probability,
         explains_prediction=stored.target == stored.prediction,
         label=None if row.label is None else class_name(row.label, names),
-        misclassified=row.label is not None and row.label != stored.prediction,
+        misclassified=regressed is None and row.label is not None and row.label != stored.prediction,
         tops=_top_pixels(picture, stored.heatmap),
         charts=[chart for curve_set in curves if (chart := curve_set.row_chart(row)) is not None],
         values=_values_of(row, scores),

@@ -1,0 +1,96 @@
+"""COVIDx: chest X-rays gathered from open collections, labelled normal, pneumonia or COVID-19.
+
+Wang, Lin and Wong, "COVID-Net", Scientific Reports 2020. Its generator script puts the pictures into two flat folders;
+a text file a split and a release says what they are. In `root`:
+
+    data/train/*  data/test/*  (or train/, test/)        labels/train_COVIDx4.txt  labels/test_COVIDx4.txt  (or beside)
+
+A line is "patient file class source"; the source is left out in old releases and in 197 test lines of COVIDx4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ibxai.datasets.pictures import read_picture
+from ibxai.datasets.splits import Found, SplitDataset, by_id, files_in, size_of
+from ibxai.datasets.tables import read_lines
+from ibxai.errors import UserError
+from ibxai.types import Picture, Sample
+
+CLASSES = ("normal", "pneumonia", "COVID-19")
+PICTURES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class COVIDx(SplitDataset):
+    """The X-rays under `root`. release: the label files train_<release>.txt and test_<release>.txt are read."""
+
+    release: str = "COVIDx4"
+
+    title: ClassVar[str] = "COVIDx"
+    how_to_get: ClassVar[str] = (
+        "Get the label files from github.com/lindawangg/COVID-Net (AGPL-3.0), make the pictures with its "
+        "create_COVIDx.ipynb (terms: each source's own, for research), and set dataset.root to the folder of both."
+    )
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return CLASSES
+
+    def read(self, sample: Sample) -> Picture:
+        """The X-ray in grey: some authors' arrows and boxes are red, and a colour is no finding."""
+        return Picture(read_picture(sample.source).convert("L").convert("RGB"))
+
+    def _look(self, root: Path) -> Found:
+        lines = {split: self._lines(root, split) for split in ("train", "test")}
+        samples = {split: self._samples(root, split, lines[split]) for split in lines}
+        if not any(samples.values()):
+            raise self.missing(f"no picture of the {self.release} lists is in {root}/data/train or {root}/data/test")
+        facts = tuple(
+            (f"{split} list", f"{len(lines[split]):,} X-rays, of which {len(samples[split]):,} are here")
+            for split in lines
+        )
+        return Found(by_id(samples["train"]), by_id(samples["test"]), facts)
+
+    def _lines(self, root: Path, split: str) -> Mapping[str, tuple[str, str]]:
+        wanted = f"{split}_{self.release}.txt"
+        for path in (root / "labels" / wanted, root / wanted, root / "data" / wanted):
+            if path.is_file():
+                return read_list(path)
+        others = sorted(
+            p.stem.partition("_")[2] for folder in (root / "labels", root) for p in folder.glob("train_*.txt")
+        )
+        has = f"; it has {', '.join(others)}: set dataset.release" if others else ""
+        raise self.missing(f"there is no {wanted} in {root}/labels or {root}{has}")
+
+    def _samples(self, root: Path, split: str, lines: Mapping[str, tuple[str, str]]) -> list[Sample]:
+        folders = [folder for folder in (root / "data" / split, root / split) if folder.is_dir()]
+        files = files_in(folders, PICTURES)
+        return [self._sample(split, *line, files[name]) for name, line in lines.items() if name in files]
+
+    @staticmethod
+    def _sample(split: str, patient: str, kind: str, file: os.DirEntry[str]) -> Sample:
+        return Sample(file.name, f"patient-{patient}", Path(file.path), size_of(file), CLASSES.index(kind))
+
+
+def read_list(path: Path) -> Mapping[str, tuple[str, str]]:
+    """File name -> (patient, class) of a label file. Raises UserError for a line that is none, and for a picture with
+    two classes; train_COVIDx4.txt lists one picture twice, alike.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        fields = line.split()
+        if len(fields) not in (3, 4) or fields[2] not in CLASSES:
+            raise UserError(
+                f"{path}, line {number}: {line[:100]!r}.\n"
+                f"Expected: patient, file, one of {', '.join(CLASSES)}, and perhaps the source, with blanks between."
+            )
+        patient, name, kind = fields[:3]
+        if found.setdefault(name, (patient, kind))[1] != kind:
+            raise UserError(f"{path}, line {number}: {name} is {kind} here and {found[name][1]} further up.")
+    return found
