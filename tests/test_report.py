@@ -630,10 +630,11 @@ def test_runs_of_one_method_are_called_by_what_sets_them_apart(tmp_path: Path) -
 
     begin("1", {"beta": 5, "steps": 10}, 0)
     begin("2", {"beta": 10, "steps": 10}, 0)
-    begin("3", {"beta": 10, "steps": 10, "a_very_long_name_of_a_setting": "with a long value"}, 0)
+    begin("3", {"beta": 10, "steps": 10, "a_setting": "with a value that is too long for any label"}, 0)
+    begin("4", {"beta": 10, "steps": 10, "a_very_long_name_of_a_setting": "and a value"}, 0)
     scored_run(tmp_path, "random", [0.1, 0.2], ["x", "y"])
     [table] = read_tables(tmp_path)
-    assert table.names == ["iba (beta = 5)", "iba (beta = 10)", "iba (3)", "random"]
+    assert table.names == ["iba (beta = 5)", "iba (beta = 10)", "iba (3)", "iba (10, and a value)", "random"]
 
 
 def test_insertion_is_paired_with_the_deletion_of_its_name_and_settings(tmp_path: Path) -> None:

@@ -140,15 +140,18 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _detail(run: Run, alike: Iterable[Run]) -> str:
-    """ "beta = 5, seed = 1": the settings in which this run differs from others of its method, or its id."""
+    """ "beta = 5, seed = 1": the settings in which this run differs from others of its method; where that is long their
+    values alone, "direct, mask"; or its id."""
     others = [_settings(other) for other in alike]
-    differing = [
-        f"{name} = {value}"
+    differing = {
+        name: value.strip('"')
         for name, value in _settings(run).items()
         if any(other.get(name) != value for other in others)
-    ]
-    text = ", ".join(differing)
-    return text if 0 < len(text) <= _LONGEST_DETAIL else run.run_id
+    }
+    for text in (", ".join(f"{name} = {value}" for name, value in differing.items()), ", ".join(differing.values())):
+        if 0 < len(text) <= _LONGEST_DETAIL:
+            return text
+    return run.run_id
 
 
 def _settings(run: Run) -> dict[str, str]:
