@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ibxai.errors import UserError
 from ibxai.metrics import BoxShare, EffectiveHeatRatio, IoU, PointingGame
-from ibxai.metrics.localisation import grown, quantile
+from ibxai.metrics.localisation import grown
+from ibxai.thresholds import quantile
 from ibxai.types import Attribution, Batch
 
 SIDE = 20

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ibxai.errors import UserError
 from ibxai.methods import IBA, MultilayerIBA
-from ibxai.methods.multilayer_iba import normalised, otsu
+from ibxai.methods.multilayer_iba import normalised
+from ibxai.thresholds import otsu
 from ibxai.types import Batch
 
 LAYERS = ("early", "stage2", "late")

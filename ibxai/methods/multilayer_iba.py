@@ -24,9 +24,8 @@ from ibxai.backbones import Backbone
 from ibxai.errors import UserError
 from ibxai.methods.iba import BottleneckSettings, diagnostics_of
 from ibxai.methods.settings import check_choice
+from ibxai.thresholds import otsu
 from ibxai.types import Attribution, Attributor, Batch
-
-_BINS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +84,3 @@ def normalised(maps: Tensor) -> Tensor:
     """[B, H, W], each divided by its L2 norm; an empty map stays empty."""
     norm = maps.flatten(1).norm(dim=1).clamp_min(torch.finfo(maps.dtype).tiny)
     return maps / norm[:, None, None]
-
-
-def otsu(maps: Tensor) -> Tensor:
-    """[B]: Otsu's threshold of each map [B, H, W] (IEEE Trans. SMC 9(1), 1979), over 256 bins between its extremes.
-
-    The cut that maximises the variance between the two classes; of a constant map its value, so nothing is above it.
-    """
-    flat = maps.flatten(1).double()
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    width = (high - low).clamp_min(torch.finfo(torch.float64).tiny) / _BINS
-    bins = ((flat - low) / width).long().clamp(0, _BINS - 1)
-    counts = torch.zeros(len(flat), _BINS, dtype=torch.float64, device=flat.device)
-    counts.scatter_add_(1, bins, torch.ones_like(flat))
-    centres = low + width * (torch.arange(_BINS, dtype=torch.float64, device=flat.device) + 0.5)
-    below, mass = counts.cumsum(1), (counts * centres).cumsum(1)
-    above, total = below[:, -1:] - below, mass[:, -1:]
-    mean_below = mass / below.clamp_min(1)
-    mean_above = (total - mass) / above.clamp_min(1)
-    best = (below * above * (mean_below - mean_above) ** 2)[:, :-1].argmax(1, keepdim=True)
-    edge = low + width * (best + 1)
-    return torch.where(high > low, edge, high)[:, 0].to(maps.dtype)

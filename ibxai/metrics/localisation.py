@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from ibxai.backbones import Backbone
 from ibxai.errors import UserError, nearest
-from ibxai.methods.multilayer_iba import otsu
 from ibxai.metrics.insertion import pixel_ranks
 from ibxai.metrics.normalisation import Sign, check_sign, undefined, with_sign
+from ibxai.thresholds import otsu, quantile
 from ibxai.types import Attribution, Batch
 
 Ratio = Literal["heat_per_pixel", "heat_share", "pixel_share"]
@@ -231,15 +231,6 @@ class Highlighted:
         """float64 [B, T]: the sum of these values [B, P] over the highlighted pixels."""
         behind = F.pad(values.double().gather(1, self.order).flip(1).cumsum(1).flip(1), (0, 1))
         return behind.gather(1, self.start)
-
-
-def quantile(values: Tensor, levels: Tensor) -> Tensor:
-    """[B, T]: quantiles of values [B, P], between neighbours as numpy does. (torch.quantile refuses large batches.)"""
-    rising = values.sort(1).values
-    place = levels * (values.shape[1] - 1)
-    lower = place.floor().long()
-    upper = (lower + 1).clamp_max(values.shape[1] - 1)
-    return torch.lerp(rising[:, lower], rising[:, upper], (place - lower).to(values.dtype).expand(len(values), -1))
 
 
 def grown(region: Tensor, radius: int) -> Tensor:
