@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ibxai.report.board_figures import BoardFigures, board_figures
+from ibxai.report.board_studies import BoardStudy, board_studies
 from ibxai.report.columns import Column, make_columns
 from ibxai.report.render import render
 from ibxai.report.runs import DamagedRun, Run, read_runs, run_labels
@@ -51,6 +52,10 @@ class Table:
     @cached_property
     def figures(self) -> BoardFigures:
         return board_figures(self.names, [run.curves for run in self.runs], self.columns)
+
+    @cached_property
+    def studies(self) -> list[BoardStudy]:
+        return board_studies(self.names, [run.studies for run in self.runs])
 
     @property
     def fewest_groups(self) -> int:
@@ -89,7 +94,7 @@ def write_leaderboard(outputs: Path) -> Path:
         "runs": runs,
         "few_groups": FEW_GROUPS,
         "unfinished": [run for run in runs if not run.finished],
-        "unscored": [run for run in runs if run.summary.empty],
+        "unscored": [run for run in runs if not run.judged],
         "damaged": [run for run in found if isinstance(run, DamagedRun)],
     }
     page = outputs / "report.html"
@@ -142,7 +147,7 @@ def _pairs(table: Table, column: Column) -> pd.DataFrame:
 def make_tables(runs: Iterable[Run]) -> list[Table]:
     grouped: dict[tuple[str, str, str, str], list[Run]] = {}
     for run in runs:
-        if not run.summary.empty:
+        if run.judged:
             grouped.setdefault((run.dataset, run.backbone, run.weights, run.target), []).append(run)
     return [
         Table(*names, alike, run_labels(alike), columns=make_columns(alike), also_differ_in=_also_differ_in(alike))

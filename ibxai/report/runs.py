@@ -18,6 +18,7 @@ import pandas as pd
 
 from ibxai.errors import UserError
 from ibxai.report.curves import MeanCurve, read_curves, write_all_tables
+from ibxai.report.studies import StudyResult, read_studies
 from ibxai.report.tables import long_table, method_name, read_run_scores, read_summary, read_values
 from ibxai.store import DamagedFile, MetricKey, Row, RunStore, find_runs
 
@@ -46,7 +47,13 @@ class Run:
     values: Mapping[str, Mapping[str, float]]
     curves: Mapping[str, MeanCurve]
     group_of: Mapping[str, str]
+    studies: list[StudyResult]
     report: str | None
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is anything to compare: scores, or a study."""
+        return not self.summary.empty or bool(self.studies)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ def _read_run(store: RunStore, outputs: Path, tables: dict[bytes, list[Row]]) ->
             values=values,
             curves=curves,
             group_of={row.row_id: row.group_id for row in rows},
+            studies=read_studies(store.path),
             report=quote((inside / "report.html").as_posix()) if (store.path / "report.html").exists() else None,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile, UserError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from ibxai.report.tables import differing_settings, write_table
 from ibxai.store import MetricKey, RunStore
 
 COLUMNS = ["metric", "value", "low", "high", "n", "undefined", "sign", "settings"]
-_REPEAT, _WHOLE = "repeat", "untouched"
+CONTROL, WHOLE = "random_control", "untouched"  # as ROAR names its estimators
+_REPEAT = "repeat"
 _TITLES = {
     "roar": "ROAR: accuracy after training again without the pixels that the map puts first",
     "roar_keep": "ROAR, keep variant: accuracy after training again on the pixels that the map puts first",
@@ -72,24 +74,54 @@ class StudySection:
     lines: list[list[str]]
 
 
-def study_sections(store: RunStore) -> list[StudySection]:
-    """The studies of a run, for its page; writes studies.csv where there are any."""
-    sections, tables = [], []
-    found = studies_in(store.path)
-    variants = _variants([key for key, _ in found])
-    for key, folder in found:
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study of a run has found so far. table: columns as in studies.csv."""
+
+    key: MetricKey
+    table: pd.DataFrame
+    finished: bool
+
+    @property
+    def title(self) -> str:
+        return _TITLES.get(self.key.name, self.key.name.replace("_", " "))
+
+    @property
+    def note(self) -> str:
+        return _NOTES.get(self.key.name, "")
+
+    @property
+    def places(self) -> list[str]:
+        """The coordinates, without the repeats."""
+        return [str(name) for name in self.table.columns if name not in ("study", *COLUMNS, _REPEAT)]
+
+    @property
+    def rows(self) -> int:
+        """How many rows a cell is about; 0 where it is about the whole split."""
+        return int((self.table["n"] + self.table["undefined"]).max()) if self.table["n"].notna().any() else 0
+
+
+def read_studies(run_folder: Path) -> list[StudyResult]:
+    """The studies of a run that have at least one cell."""
+    found = []
+    for key, folder in studies_in(run_folder):
         cells = [cell for cell in finished_cells(folder) if cell.values or cell.totals]
         if cells:
-            table = _table(key, cells)
-            tables.append(table)
-            sections.append(_section(key, table, variants[key.folder], (folder / "finished.json").exists()))
-    if tables:
-        whole = pd.concat(tables, ignore_index=True)
+            found.append(StudyResult(key, _table(key, cells), (folder / "finished.json").exists()))
+    return found
+
+
+def study_sections(store: RunStore) -> list[StudySection]:
+    """The studies of a run, for its page; writes studies.csv where there are any."""
+    results = read_studies(store.path)
+    variants = differing_variants([result.key for result in results])
+    if results:
+        whole = pd.concat([result.table for result in results], ignore_index=True)
         places = [str(name) for name in whole.columns if name not in ("study", *COLUMNS)]
         # a whole number would become 1.0 beside a study that has no such coordinate
         whole[places] = whole[places].map(lambda part: "" if pd.isna(part) else _plain(part))
         write_table(store, "studies.csv", whole[["study", *places, *COLUMNS]])
-    return sections
+    return [_section(result, variants[result.key.folder]) for result in results]
 
 
 def _table(key: MetricKey, cells: Sequence[Cell]) -> pd.DataFrame:
@@ -127,7 +159,7 @@ def _intervals(cells: Sequence[Cell]) -> dict[tuple[int, str], tuple[float, floa
     return found
 
 
-def _variants(keys: Sequence[MetricKey]) -> dict[str, str]:
+def differing_variants(keys: Sequence[MetricKey]) -> dict[str, str]:
     """Folder -> what sets apart studies of one name; the digests of their pictures would tell a reader nothing."""
     told = {
         key.folder: MetricKey(key.name, {k: v for k, v in key.settings.items() if k not in ("samples", "train")})
@@ -137,13 +169,12 @@ def _variants(keys: Sequence[MetricKey]) -> dict[str, str]:
     return {folder: differing.get(reduced.folder, "") for folder, reduced in told.items()}
 
 
-def _section(key: MetricKey, table: pd.DataFrame, variant: str, finished: bool) -> StudySection:
-    places = [name for name in table.columns if name not in ("study", *COLUMNS, _REPEAT)]
-    metrics = list(dict.fromkeys(table["metric"]))
-    pooled = _over_repeats(table, places)
+def _section(result: StudyResult, variant: str) -> StudySection:
+    places, rows = result.places, result.rows
+    metrics = list(dict.fromkeys(result.table["metric"]))
+    pooled = over_repeats(result)
     kept = {name: [entry for entry in pooled if entry["metric"] == name] for name in metrics}
     charts = _fraction_charts(kept) if "fraction" in places else _step_charts(kept)
-    rows = int((table["n"] + table["undefined"]).max()) if table["n"].notna().any() else 0
     lines = []
     for place in dict.fromkeys(tuple(entry[name] for name in places) for entry in pooled):
         at = {e["metric"]: e for e in pooled if tuple(e[name] for name in places) == place}
@@ -151,18 +182,19 @@ def _section(key: MetricKey, table: pd.DataFrame, variant: str, finished: bool) 
             [_plain(part).replace("_", " ") for part in place] + [_shown(at.get(metric)) for metric in metrics]
         )
     return StudySection(
-        title=_TITLES.get(key.name, key.name.replace("_", " ")),
-        finished=finished,
+        title=result.title,
+        finished=result.finished,
         variant=", ".join(part for part in (variant, count(rows, "row") if rows else "") if part),
-        note=_NOTES.get(key.name, ""),
+        note=result.note,
         charts=charts,
         header=[*places, *(metric.replace("_", " ") for metric in metrics)],
         lines=lines,
     )
 
 
-def _over_repeats(table: pd.DataFrame, places: Sequence[str]) -> list[dict[str, Any]]:
+def over_repeats(result: StudyResult) -> list[dict[str, Any]]:
     """A line a place and metric. With repeats: their mean, and the lowest and highest instead of an interval."""
+    table, places = result.table, result.places
     if _REPEAT not in table.columns:
         return [{str(k): v for k, v in line.items()} for line in table.to_dict("records")]
     found = []
@@ -177,10 +209,12 @@ def _over_repeats(table: pd.DataFrame, places: Sequence[str]) -> list[dict[str, 
 def _fraction_charts(kept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[StudyChart]:
     """Accuracy over the fraction of the pixels, a line an estimator; whole pictures belong to every line."""
     entries = kept.get("accuracy", [])
-    whole = [entry for entry in entries if entry["estimator"] == _WHOLE]
-    names = list(dict.fromkeys(e["estimator"] for e in entries if e["estimator"] != _WHOLE))
+    whole = [entry for entry in entries if entry["estimator"] == WHOLE]
+    names = list(dict.fromkeys(e["estimator"] for e in entries if e["estimator"] != WHOLE))
     lines = [
-        _line(sorted([*whole, *(e for e in entries if e["estimator"] == name)], key=lambda e: e["fraction"]), style)
+        study_line(
+            sorted([*whole, *(e for e in entries if e["estimator"] == name)], key=lambda e: e["fraction"]), style
+        )
         for style, name in enumerate(names)
     ]
     if not lines:
@@ -201,7 +235,9 @@ def _step_charts(kept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[StudyC
         of_order = [[e for e in kept[name] if e.get("order", "") == order] for name in metrics]
         ticks[order] = {float(e.get("step", i)): str(e.get("step", e.get("labels"))) for i, e in enumerate(of_order[0])}
         places = [{**e, "fraction": e.get("step", i)} for entries in of_order for i, e in enumerate(entries)]
-        drawn[order] = [_line([e for e in places if e["metric"] == name], style) for style, name in enumerate(metrics)]
+        drawn[order] = [
+            study_line([e for e in places if e["metric"] == name], style) for style, name in enumerate(metrics)
+        ]
     shared = value_axis([line for lines in drawn.values() for line in lines])
     return [_step_chart(order, drawn[order], metrics, ticks[order], shared) for order in orders]
 
@@ -209,17 +245,25 @@ def _step_charts(kept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[StudyC
 def _step_chart(
     order: str, lines: Sequence[Line], metrics: Sequence[str], ticks: Mapping[float, str], y_axis: Axis
 ) -> StudyChart:
-    first, last = min(ticks), max(ticks)
-    margin = 0 if order else 0.5  # words are wider than numbers
-    x_axis = Axis(first - margin, max(last, first + 1) + margin, tuple(ticks.items()))
     label = "step: the layers are named in the table" if order else "labels"
     name = order or "by labels"
-    svg = line_chart(lines, f"Similarity, {name}", 420, 270, label, "similarity", y_axis=y_axis, x_axis=x_axis)
+    svg = line_chart(
+        lines, f"Similarity, {name}", 420, 270, label, "similarity", y_axis=y_axis, x_axis=step_axis(ticks)
+    )
     legend = [Entry(style, metric) for style, metric in enumerate(metrics)]
     return StudyChart(name.capitalize(), svg, legend, "Mean over all rows; bands are 95 % bootstrap intervals.")
 
 
-def _line(entries: Iterable[Mapping[str, Any]], style: int) -> Line:
+def step_axis(ticks: Mapping[float, str]) -> Axis:
+    """The abscissa of a study's steps or labels."""
+    first, last = min(ticks), max(ticks)
+    numbers = all(text.isdecimal() for text in ticks.values())
+    margin = 0 if numbers else 0.5  # words are wider than numbers
+    return Axis(first - margin, max(last, first + 1) + margin, tuple(ticks.items()))
+
+
+def study_line(entries: Iterable[Mapping[str, Any]], style: int | str) -> Line:
+    """Entries of `over_repeats` over their fraction."""
     columns = {name: np.array([e[name] for e in entries], dtype=float) for name in ("fraction", "value", "low", "high")}
     return Line(columns["fraction"], columns["value"], style, columns["low"], columns["high"])
 
