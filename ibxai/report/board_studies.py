@@ -96,9 +96,9 @@ def _step_charts(results: Mapping[str, StudyResult]) -> list[_Chart]:
         ticks = {float(e.get("step", i)): str(e.get("step", e.get("labels"))) for i, e in enumerate(longest)}
         placed = {n: [{**e, "fraction": e.get("step", i)} for i, e in enumerate(es)] for n, es in lines.items()}
         title = f"{metric.replace('_', ' ')}, {order or 'by labels'}"
-        x_label = "step: the layers are named on the page of a run" if order else "labels"
         counted = f"n = {rows} a point; bands are 95 % bootstrap intervals."
-        charts.append(_Chart(title, x_label, "similarity", counted, placed, ticks))
+        counted += " The page of a run names the layers of each step." if order else ""
+        charts.append(_Chart(title, "step" if order else "labels", "similarity", counted, placed, ticks))
     return charts
 
 
