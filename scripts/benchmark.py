@@ -4,6 +4,7 @@
     python scripts/benchmark.py --backbone densenet121 --layer features.denseblock3 --repeats 3
     python scripts/benchmark.py --methods iba inverse_iba gradcam --device cuda
     python scripts/benchmark.py metrics                       # metrics, beside Quantus: benchmark_metrics.py
+    python scripts/benchmark.py methods                       # every method's passes, seconds: benchmark_methods.py
 
 The plain bottleneck is how IBA is usually written: the original network with its batch norms, a hook at the layer, one
 picture and ten noise draws a step, forward and backward through everything. Both are timed in turn in one run, the
@@ -157,5 +158,9 @@ if __name__ == "__main__":
         import benchmark_metrics
 
         benchmark_metrics.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["methods"]:
+        import benchmark_methods
+
+        benchmark_methods.main(sys.argv[2:])
     else:
         main()

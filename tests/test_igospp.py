@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from ibxai.errors import UserError
 from ibxai.methods import IGOS, IGOSpp, Mask
 from ibxai.methods.igospp import OBJECTIVES
-from ibxai.methods.mask_search import Adam, Descent
+from ibxai.methods.mask_search import Descent, Moments
 from ibxai.targets import ClassTarget, RegressionTarget
 from ibxai.types import Batch
 
@@ -33,7 +34,7 @@ def plain_armijo(
     """(masks after one iteration from open masks, passes of its line search), one picture, one pass at a time."""
     masks = np.ones((planes, 3, 3))
     terms, every = OBJECTIVES[objective], [1, 2, 3, 4]
-    weights = dataclasses.replace(BTV, lambda1=0.02, lambda2=0.5, smoothness=method.smoothness)
+    weights = dataclasses.replace(BTV, lambda1=method.lambda1, lambda2=0.5, smoothness=method.smoothness)
     slope = plain.slope(masks, terms, weights, every)
     tested = [4] if at_the_mask else every
     before = plain.value(masks, terms, weights, tested)
@@ -49,8 +50,11 @@ def plain_armijo(
 
 @pytest.mark.parametrize("which", ["igospp", "igos"])
 def test_one_iteration_with_the_papers_line_search(which: str) -> None:
-    kind, objective, planes = (IGOSpp, "bilateral", 2) if which == "igospp" else (IGOS, "deletion", 1)
-    method = kind(step="armijo", iterations=1, armijo_start=30.0, armijo_control=0.1, **SMALL)
+    """I-GOS compares values at the mask itself, where only a heavier lambda1 resists any of its steps."""
+    kind, objective, planes, lambda1 = (
+        (IGOSpp, "bilateral", 2, 0.02) if which == "igospp" else (IGOS, "deletion", 1, 0.2)
+    )
+    method = kind(step="armijo", iterations=1, armijo_start=300.0, armijo_control=0.1, **SMALL | {"lambda1": lambda1})
     batch, baseline = small_batch(5)
     found = method.fit(small_backbone(max_passes=9), [], 0)(batch)
     searched = []
@@ -62,7 +66,7 @@ def test_one_iteration_with_the_papers_line_search(which: str) -> None:
         assert np.abs(found.heatmap[row].numpy() - wanted).max() < 2e-3
         assert int(found.diagnostics["passes"][row]) == passes + 4 * len(OBJECTIVES[objective])
     assert len(set(searched)) > 1  # each picture found a step size of its own
-    assert found.heatmap.flatten(1).amax(1).max() > 0.1
+    assert found.heatmap.max() > 0.05
 
 
 def test_a_fixed_step_is_the_gradient_times_alpha() -> None:
@@ -84,7 +88,7 @@ def test_adam_is_torchs() -> None:
     start = torch.full((2, 1, 3, 3), 0.5)
     wanted = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([wanted], lr=0.02)
-    found, own = start.clone(), Adam(start)
+    found, own = start.clone(), Moments(start, together=False)
     for slope in slopes:
         wanted.grad = slope.clone()
         optimiser.step()
@@ -92,18 +96,49 @@ def test_adam_is_torchs() -> None:
     assert relative(found, wanted) < 1e-5
 
 
+def test_scaled_steps_by_a_plain_loop() -> None:
+    """One second moment a picture, over both masks; the second picture sits out the third step."""
+    slopes = np.random.default_rng(4).normal(size=(5, 2, 2, 3, 3)) * np.array([1.0, 1e-3])[:, None, None, None]
+    wanted, mean, square = np.full((2, 2, 3, 3), 0.5), np.zeros((2, 2, 3, 3)), np.zeros(2)
+    found = torch.full((2, 2, 3, 3), 0.5)
+    own = Moments(found, together=True)
+    for step, slope in enumerate(slopes, start=1):
+        rows = [0] if step == 3 else [0, 1]
+        for row in rows:
+            mean[row] = 0.9 * mean[row] + 0.1 * slope[row]
+            square[row] = 0.999 * square[row] + 0.001 * np.mean(slope[row] ** 2)
+            moved = (mean[row] / (1 - 0.9**step)) / math.sqrt(square[row] / (1 - 0.999**step))
+            wanted[row] = np.clip(wanted[row] - 0.05 * moved, 0, 1)
+        found[rows] = own.move(found[rows], torch.from_numpy(slope[rows]).float(), torch.tensor(rows), 0.05)
+    assert relative(found, torch.from_numpy(wanted)) < 1e-4
+
+
+def test_a_scaled_step_keeps_the_proportions_of_cells_and_forgets_the_slopes_size() -> None:
+    slope = torch.tensor([[3.0, -1.0], [0.0, 1e-3]]).expand(2, 1, 2, 2) * torch.tensor([1.0, 1e-4]).view(2, 1, 1, 1)
+    start = torch.full((2, 1, 2, 2), 0.5)
+    moved = start - Moments(start, together=True).move(start, slope, torch.arange(2), 0.1)
+    wanted = 0.1 * slope[0] / slope[0].square().mean().sqrt()
+    for one in moved:
+        assert relative(one, wanted) < 1e-3
+    apart = start - Moments(start, together=False).move(start, slope, torch.arange(2), 0.1)
+    assert apart[0].flatten().tolist() == pytest.approx([0.1, -0.1, 0, 0.1], abs=1e-4)
+
+
 def test_intervals_come_in_turn() -> None:
-    descent = Descent(8, 20, 5, 0.1, 0.0, None)
+    descent = Descent(8, 20, 5, 0.0, 1.0)
     assert descent.intervals_at(0).tolist() == [4, 8, 12, 16, 20]
     seen = torch.cat([descent.intervals_at(step) for step in range(3, 7)])
     assert sorted(seen.tolist()) == list(range(1, 21))
-    assert Descent(8, 20, 20, 0.1, 0.0, 1.0).intervals_at(7).tolist() == list(range(1, 21))
+    assert Descent(8, 20, 20, 0.0, 1.0).intervals_at(7).tolist() == list(range(1, 21))
 
 
-@pytest.mark.parametrize("step", ["adam", "armijo", "fixed"])
-def test_a_large_lambda1_leaves_the_map_empty(step: str) -> None:
-    method = IGOSpp(**SMALL | {"lambda1": 1e4, "iterations": 2}, step=step, fixed_step=1.0)
-    assert method.fit(small_backbone(), [], 0)(small_batch()[0]).heatmap.abs().max() == 0
+@pytest.mark.parametrize("step", ["scaled", "adam", "armijo", "fixed"])
+def test_a_large_lambda1_pulls_the_map_back(step: str) -> None:
+    """A first step leaves 1 freely; the next ones end at 1 again, and a line search never leaves."""
+    method = IGOSpp(**SMALL | {"lambda1": 1e4, "iterations": 10}, step=step, fixed_step=1.0)
+    found = method.fit(small_backbone(), [], 0)(small_batch()[0])
+    assert found.diagnostics["value_curve"].amax(1).max() > 100 or step == "armijo"
+    assert found.heatmap.max() < 0.05  # what a last step may leave
 
 
 def test_lambda1_depends_on_the_resolution() -> None:
@@ -168,7 +203,7 @@ def test_the_objective_falls() -> None:
     """With all intervals and without noise the values of the steps can be compared."""
     batch, _ = small_batch(5)
     settings = SMALL | {"noise": 0.0, "intervals": 4}
-    for step in ("armijo", "adam"):
+    for step in ("armijo", "adam", "scaled"):
         curve = IGOSpp(step=step, **settings).fit(small_backbone(), [], 0)(batch).diagnostics["value_curve"]
         assert (curve[:, -1] <= curve[:, 0] + 1e-6).all()
         assert (curve[:, -1] < curve[:, 0] - 0.05).sum() >= 2
@@ -179,7 +214,7 @@ def test_the_objective_falls() -> None:
 def test_a_picture_without_evidence_leaves_the_batch() -> None:
     pictures = patch_pictures([PLACES[0], ()])  # nothing in the second picture, which its blur cannot change
     backbone = patches_backbone()
-    method = IGOSpp(resolution=8, iterations=5, tolerance=0.0)
+    method = IGOSpp(resolution=8, iterations=5, intervals=5, tolerance=0.0)
     attribute, batch = method.fit(backbone, [], 0), batch_of(pictures, [0, 0])
     with backbone.counting() as passes:
         found = attribute(batch)
@@ -237,7 +272,7 @@ def test_a_regression_and_the_datasets_mean() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"method.intervals is 6: it must divide method.ig_steps=20"):
         IGOSpp(intervals=6)
-    with pytest.raises(UserError, match=r"method.step is 'line': adam, armijo or fixed is expected"):
+    with pytest.raises(UserError, match=r"method.step is 'line': scaled, adam, armijo or fixed is expected"):
         IGOS(step="line")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"method.output is 'insertion'"):
         IGOSpp(objective="naive", output="insertion")

@@ -72,7 +72,7 @@ class Plain:
         btv = sum(np.mean(found) for found in unlike)
         tv = sum(np.mean(np.abs(np.diff(mask, axis=axis)) ** weights.beta) for axis in (0, 1))
         uneven = (tv + btv) / 2 if weights.smoothness == "btv" else tv
-        return weights.lambda1 * float(np.mean(1 - mask)) + weights.lambda2 * float(uneven)
+        return weights.lambda1 * float(np.mean(np.abs(1 - mask))) + weights.lambda2 * float(uneven)
 
     def value(self, masks: np.ndarray, terms: Sequence[Term], weights: Regulariser, intervals: Sequence[int]) -> float:
         """F of Eq. 4 over the intervals; masks [planes, h, w]."""
@@ -219,4 +219,8 @@ def test_btv_forgives_a_step_where_the_picture_has_one() -> None:
 def test_the_size_of_a_mask() -> None:
     weights = Regulariser(7.0, 0.0, "tv", 2.0, 1.0)
     mask = torch.tensor([[1.0, 0.5], [0.0, 1.0]])[None, None]
-    assert float(weights(mask, weights.likeness(torch.zeros(1, 3, 4, 4)))) == pytest.approx(7 * 1.5 / 4)
+    likeness = weights.likeness(torch.zeros(1, 3, 4, 4))
+    assert float(weights(mask, likeness)) == pytest.approx(7 * 1.5 / 4)
+    leaf = mask.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(weights(leaf, likeness).sum(), leaf)
+    assert slope.flatten().tolist() == [0, -7 / 4, -7 / 4, 0]  # a cell at 1 may leave it

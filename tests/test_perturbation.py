@@ -15,6 +15,7 @@ from ibxai.methods.perturbation import (
     BASELINES,
     METHOD_BASELINES,
     Baseline,
+    PerturbationSettings,
     baseline_picture,
     gaussian_blur,
     mean_picture,
@@ -106,8 +107,6 @@ def test_a_methods_baselines() -> None:
     blurred = Baseline("blur", 3.0, 5, 0.0, seed=0)(batch)
     assert torch.equal(blurred, baseline_picture(batch.inputs, "blur", 3.0, 0.0, 5))
     assert torch.equal(Baseline("constant", 1.0, None, 0.7, seed=0)(batch), torch.full_like(batch.inputs, 0.7))
-    with pytest.raises(UserError, match=r"method.kernel is 4: it must be odd, or null"):
-        Baseline("blur", 3.0, 4, 0.0, seed=0)
     mean = torch.arange(3 * 32 * 32.0).view(3, 32, 32)
     assert torch.equal(Baseline("dataset_mean", 1.0, None, 0.0, 0, mean)(batch), mean.expand(3, 3, 32, 32))
 
@@ -120,6 +119,25 @@ def test_noise_is_normal_around_a_value_and_belongs_to_the_sample_and_the_seed()
     assert torch.equal(Baseline("noise", 1.0, None, 0.7, seed=4)(batch.take([2, 0])), found[[2, 0]])
     assert relative(found[0], found[1]) > 0.1
     assert relative(Baseline("noise", 1.0, None, 0.7, seed=5)(batch), found) > 0.1
+
+
+def test_settings_that_the_mask_methods_share() -> None:
+    batch = batch_of(noise_pictures(3), [0, 1, 2])
+    found = PerturbationSettings(sigma=3.0, kernel=5).baselines([], 0)(batch)
+    assert torch.equal(found, gaussian_blur(batch.inputs, 3.0, 5))
+    mean = PerturbationSettings(baseline="dataset_mean")
+    assert (mean.uses_reference, PerturbationSettings().uses_reference) == (True, False)
+    assert relative(mean.baselines([batch], 0)(batch.take([1])), batch.inputs.mean(0, keepdim=True)) < 1e-6
+    drawn = PerturbationSettings(baseline="noise", value=0.7)
+    assert torch.equal(drawn.baselines([], 4)(batch), Baseline("noise", 1.0, None, 0.7, seed=4)(batch))
+    for wrong, says in (
+        ({"kernel": 4}, r"method.kernel is 4: it must be odd, or null"),
+        ({"sigma": 0.0}, r"method.sigma is 0.0: it must be above 0"),
+        ({"baseline": "mean"}, r"method.baseline is 'mean': blur, constant, noise or dataset_mean"),
+        ({"score": "bits"}, r"method.score is 'bits'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            PerturbationSettings(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])

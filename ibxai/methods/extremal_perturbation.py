@@ -28,21 +28,20 @@ from torch.nn import functional as F
 from ibxai.backbones import Backbone
 from ibxai.errors import UserError
 from ibxai.methods.mask_objective import upsampled
-from ibxai.methods.perturbation import DATASET_MEAN, METHOD_BASELINES, Baseline, mean_picture
+from ibxai.methods.perturbation import PerturbationSettings
 from ibxai.methods.settings import check_choice, check_not_negative, check_positive
-from ibxai.types import SCORE_KINDS, Attribution, Attributor, Batch, ScoreKind
+from ibxai.types import Attribution, Attributor, Batch, ScoreKind
 
 _TINY, _LEVELS = 1e-30, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtremalPerturbation:
+class ExtremalPerturbation(PerturbationSettings):
     """areas: the shares of the picture that the masks show. variant: "preserve" shows the area, "delete" hides it.
 
     cell: side of a cell of m', in pixels. radius, spread: k is 1 up to `radius` pixels and then a Gaussian of deviation
     `spread` pixels. temperature: T. steps, momentum: of the descent. learning_rate: how far the steepest cell moves
     in a step, falling to 0 in a line. area_weight: lambda at the start; growth: its last value over its first.
-    baseline, sigma, kernel, value: see `Baseline`. score: what is explained.
     """
 
     areas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
@@ -56,40 +55,29 @@ class ExtremalPerturbation:
     momentum: float = 0.5
     area_weight: float = 300.0
     growth: float = 16.0
-    baseline: str = "blur"
-    sigma: float = 50.0
-    kernel: int | None = 51
-    value: float = 0.0
     score: ScoreKind = "logit"
 
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        names = ("cell", "spread", "temperature", "steps", "learning_rate", "area_weight", "growth", "sigma")
-        check_positive(self, *names)
+        super().__post_init__()
+        check_positive(self, "cell", "spread", "temperature", "steps", "learning_rate", "area_weight", "growth")
         check_not_negative(self, "radius", "momentum")
         check_choice(self, "variant", "preserve", "delete")
-        check_choice(self, "baseline", *METHOD_BASELINES)
-        check_choice(self, "score", *SCORE_KINDS)
         if not self.areas or not all(0 < area < 1 for area in self.areas):
             raise UserError(f"method.areas is {list(self.areas)}: shares above 0 and below 1 are expected.")
-
-    @property
-    def uses_reference(self) -> bool:
-        return self.baseline == DATASET_MEAN
 
     def fit(
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Nothing is estimated, but the mean picture where it is the baseline. Diagnostics, [B, areas]: `area`, the
         share that each mask shows in the end; `score`, of the picture under it, before the last step."""
-        mean = mean_picture(reference) if self.uses_reference else None
-        baseline = Baseline(self.baseline, self.sigma, self.kernel, self.value, seed, mean)
+        baselines = self.baselines(reference, seed)
 
         def attribute(batch: Batch) -> Attribution:
             size = (batch.inputs.shape[-2], batch.inputs.shape[-1])
             smooth = MaxConvolution(size, self.cell, self.radius, self.spread, self.temperature)
-            cells, score = self._search(backbone, batch, baseline(batch), smooth)
+            cells, score = self._search(backbone, batch, baselines(batch), smooth)
             with torch.no_grad():
                 masks = smooth(cells).view(len(batch), len(self.areas), *size)
             diagnostics = {"area": masks.mean((2, 3)), "score": score.view(len(batch), -1)}

@@ -9,10 +9,10 @@ the deletion alone, min over M of f_IG(M) + g(M), with TV instead of BTV.
 References: Khorram, Lawson, Li, "iGOS++: Integrated Gradient Optimized Saliency by Bilateral Perturbations", CHIL 2021;
 Qi, Khorram, Li, "Visualizing Deep Networks by Optimizing with Integrated Gradients" (I-GOS), AAAI 2020.
 
-What this code does differently, and why: masks move by Adam on a quarter of the IG intervals at a time, instead of a
-line search on all of them; `step=armijo` is the paper's. Noise is drawn once for a sample, a step and an interval, so a
-line search compares like with like: the official code draws afresh at every trial, and adds noise to the terms of the
-product too. The pull towards an empty map, lambda1, acts on cells at 1 as well (|1 - M| has no slope there).
+What this code does differently, and why: masks move by scaled steps on half of the IG intervals at a time, instead of
+a line search on all of them; `step=armijo` is the paper's. Noise is drawn once for a sample, a step and an interval,
+so a line search compares like with like: the official code draws afresh at every trial, and adds noise to the terms of
+the product too.
 """
 
 from __future__ import annotations

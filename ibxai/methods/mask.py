@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ibxai.backbones import Backbone
 from ibxai.methods.mask_objective import Term
-from ibxai.methods.mask_search import Descent, MaskSettings
+from ibxai.methods.mask_search import Adam, Descent, MaskSettings
 from ibxai.types import Attributor, Batch
 
 
@@ -30,5 +30,5 @@ class Mask(MaskSettings):
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Nothing is estimated, but the mean picture where it is the baseline. Diagnostics: see `IGOSpp.fit`."""
-        descent = Descent(self.iterations, 1, 1, self.learning_rate, self.tolerance, None)
+        descent = Descent(self.iterations, 1, 1, self.tolerance, Adam(self.learning_rate, together=False))
         return self.attributor(backbone, reference, seed, (Term(0, inserts=False, noisy=True),), descent)

@@ -3,15 +3,17 @@
     Phi(I, I~, M) = I M + I~ (1 - M)                                     (iGOS++, Eq. 1; I~ the baseline)
     f_IG(M) = 1/S sum_s  f(Phi(I, I~, s/S M))                            deletion  (Eqs. 2 and 3)
     h_IG(M) = -1/S sum_s f(Phi(I~, I, s/S M))                            insertion (Eq. 5)
-    g(M)    = lambda1 mean(1 - M) + lambda2 BTV(M)                       (Eq. 4)
+    g(M)    = lambda1 mean|1 - M| + lambda2 BTV(M)                       (Eq. 4)
     BTV(M)  = sum_u exp(-(dI(u) / sigma)^2) |dM(u)|^beta                 (Eq. 7)
 
 Reference: Khorram, Lawson, Li, "iGOS++: Integrated Gradient Optimized Saliency by Bilateral Perturbations", CHIL 2021.
 Integrated gradients are the plain gradients of f_IG and h_IG (Eq. 3), and so they are computed.
 
 Read otherwise than the letter, as in the official code: sums over cells are means, so that lambda1 and lambda2 mean the
-same at every resolution, and BTV is averaged with the TV of the mask's own cells. dI is taken in each direction by
-itself, its square a mean over the colours in both of them (the official code squares the mean in one).
+same at every resolution, BTV is averaged with the TV of the mask's own cells, and |1 - M| has no slope at 1: a cell of
+little evidence leaves 1 and is pulled back, so that it has a rank among its kind. With a slope there most cells would
+never move, since a cell's share of the score is on average smaller than its share of lambda1. dI is taken in each
+direction by itself, its square a mean over the colours in both of them (the official code squares the mean in one).
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Regulariser:
         if self.smoothness == "btv":
             spread = upsampled(mask, (likeness[1].shape[2], likeness[0].shape[3]))
             uneven = (uneven + total_variation(spread, self.beta, likeness)) / 2
-        return self.lambda1 * (1 - mask).flatten(1).mean(1) + self.lambda2 * uneven
+        return self.lambda1 * (1 - mask).abs().flatten(1).mean(1) + self.lambda2 * uneven
 
 
 def total_variation(mask: Tensor, beta: float, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -3,19 +3,22 @@
     armijo   M <- clamp(M - alpha TG), alpha from `armijo_start` down by `armijo_shrink` until
              F(M - alpha TG) - F(M) <= -alpha control |TG|^2             (iGOS++, Eq. 8; F over the IG intervals)
     fixed    M <- clamp(M - fixed_step TG)                               (iGOS++, Table 3, "fix step size")
-    adam     a step of Adam, its rate falling to 0 in a line; ours, and the default
+    adam     a step of Adam, its rate falling to 0 in a line; every cell moves by about the rate
+    scaled   Adam with one second moment for all cells of a picture: ours, and the default
 
 Every picture has masks, a step size and an end of its own; all run in one batch, and those that have ended leave it.
 
-Why adam: a line search spends most of the passes on finding a step size, one candidate after the other. Adam needs
-none, and takes a quarter of the IG intervals at a step, another quarter each time.
+Why scaled: a line search spends most of the passes on finding a step size, one candidate after the other. A step that
+is divided by the gradient's size over the picture needs none, and can take half of the IG intervals, the other half
+the next time. Adam divides each cell by a size of its own: cells of little and of much evidence move alike, and the
+map no longer says which came first, which is what insertion and deletion ask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,24 +26,23 @@ from torch import Tensor
 from ibxai.backbones import Backbone
 from ibxai.errors import UserError
 from ibxai.methods.mask_objective import Problem, Regulariser, Smoothness, Term, upsampled
-from ibxai.methods.perturbation import DATASET_MEAN, METHOD_BASELINES, Baseline, mean_picture
+from ibxai.methods.perturbation import PerturbationSettings
 from ibxai.methods.settings import check_choice, check_not_negative, check_positive
-from ibxai.types import SCORE_KINDS, Attribution, Attributor, Batch, ScoreKind
+from ibxai.types import Attribution, Attributor, Batch
 
-StepRule = Literal["adam", "armijo", "fixed"]
+StepRule = Literal["scaled", "adam", "armijo", "fixed"]
 _FULL_SIZE = 224  # cells a side from which the paper takes a lambda1 of 10
 _FIRST, _SECOND, _EPSILON = 0.9, 0.999, 1e-8  # Adam's own constants (Kingma and Ba, ICLR 2015)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskSettings:
+class MaskSettings(PerturbationSettings):
     """What the methods with an optimised mask share.
 
     resolution: cells a side of the masks, None for the picture's pixels. iterations: of the descent. lambda1, lambda2,
     smoothness, beta, btv_sigma: see `Regulariser`; a lambda1 of None is 10 from 224 cells a side on, else 1.
-    noise: deviation on masked pictures, in normalised units. learning_rate: of adam, at the start. tolerance: a picture
-    is done when no cell of its masks moves further in a step; below 0 never.
-    baseline, sigma, kernel, value: see `Baseline`. score: what is explained.
+    noise: deviation on masked pictures, in normalised units. learning_rate: of scaled and adam, at the start.
+    tolerance: a picture is done when no cell of its masks moves further in a step; below 0 never.
     """
 
     resolution: int | None = 28
@@ -53,28 +55,18 @@ class MaskSettings:
     noise: float = 0.2
     learning_rate: float = 0.1
     tolerance: float = -1.0
-    baseline: str = "blur"
-    sigma: float = 50.0
-    kernel: int | None = 51
-    value: float = 0.0
-    score: ScoreKind = "probability"
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 1: lambda1 pulled at cells that are 1, too
 
     def __post_init__(self) -> None:
-        check_positive(self, "iterations", "beta", "btv_sigma", "learning_rate", "sigma")
+        super().__post_init__()
+        check_positive(self, "iterations", "beta", "btv_sigma", "learning_rate")
         check_not_negative(self, "lambda2", "noise")
         check_choice(self, "smoothness", "btv", "tv")
-        check_choice(self, "baseline", *METHOD_BASELINES)
-        check_choice(self, "score", *SCORE_KINDS)
         if self.lambda1 is not None:
             check_not_negative(self, "lambda1")
         if self.resolution is not None:
             check_positive(self, "resolution")
-
-    @property
-    def uses_reference(self) -> bool:
-        return self.baseline == DATASET_MEAN
 
     def attributor(
         self,
@@ -89,15 +81,14 @@ class MaskSettings:
 
         Raises UserError when the mean of the reference split is the baseline, and the split is empty.
         """
-        mean = mean_picture(reference) if self.uses_reference else None
-        baseline = Baseline(self.baseline, self.sigma, self.kernel, self.value, seed, mean)
+        baselines = self.baselines(reference, seed)
 
         def attribute(batch: Batch) -> Attribution:
             size = (batch.inputs.shape[-2], batch.inputs.shape[-1])
             cells = size if self.resolution is None else (self.resolution, self.resolution)
             regulariser = self._regulariser(cells)
             problem = Problem.of(
-                backbone, batch, baseline(batch), terms, regulariser, self.score, descent.ig_steps, self.noise, seed
+                backbone, batch, baselines(batch), terms, regulariser, self.score, descent.ig_steps, self.noise, seed
             )
             planes = 1 + max(term.plane or 0 for term in terms)
             found = descent.search(problem, torch.ones(len(batch), planes, *cells, device=batch.inputs.device))
@@ -122,14 +113,15 @@ class MaskSettings:
 class IntegratedSettings(MaskSettings):
     """What iGOS++ and I-GOS share besides.
 
-    ig_steps: S. step: how masks move, see above. intervals: how many of the S adam takes at a step, in turn; the
-    others take all. armijo_start, armijo_shrink, armijo_smallest: step sizes that are tried; where none is accepted the
-    masks stay. armijo_control: beta of Eq. 8. fixed_step: alpha of "fixed".
+    ig_steps: S. step: how masks move, see above. intervals: how many of the S scaled and adam take at a step, in turn;
+    the others take all. armijo_start, armijo_shrink, armijo_smallest: step sizes that are tried; where none is accepted
+    the masks stay. armijo_control: beta of Eq. 8. fixed_step: alpha of "fixed".
     """
 
     ig_steps: int = 20
-    step: StepRule = "adam"
-    intervals: int = 5
+    step: StepRule = "scaled"
+    learning_rate: float = 0.05
+    intervals: int = 10
     armijo_start: float = 1000.0
     armijo_shrink: float = 0.2
     armijo_control: float = 1e-4
@@ -140,7 +132,7 @@ class IntegratedSettings(MaskSettings):
         super().__post_init__()
         check_positive(self, "ig_steps", "intervals", "armijo_start", "armijo_smallest", "fixed_step")
         check_not_negative(self, "armijo_control")
-        check_choice(self, "step", "adam", "armijo", "fixed")
+        check_choice(self, "step", *get_args(StepRule))
         if not 0 < self.armijo_shrink < 1:
             raise UserError(f"method.armijo_shrink is {self.armijo_shrink}: above 0 and below 1 is expected.")
         if self.ig_steps % self.intervals:
@@ -151,12 +143,12 @@ class IntegratedSettings(MaskSettings):
 
     def descent(self, at_the_mask: bool) -> Descent:
         """at_the_mask: armijo compares values at M itself, as I-GOS does, instead of over the IG intervals."""
-        armijo = Armijo(self.armijo_start, self.armijo_shrink, self.armijo_control, self.armijo_smallest, at_the_mask)
-        fixed = self.fixed_step if self.step == "fixed" else None
-        intervals = self.intervals if self.step == "adam" else self.ig_steps
-        rule = armijo if self.step == "armijo" else fixed
-        tolerance = self.tolerance if self.step == "adam" else -1.0  # the paper's go through all iterations
-        return Descent(self.iterations, self.ig_steps, intervals, self.learning_rate, tolerance, rule)
+        if self.step in ("scaled", "adam"):
+            rule = Adam(self.learning_rate, together=self.step == "scaled")
+            return Descent(self.iterations, self.ig_steps, self.intervals, self.tolerance, rule)
+        tried = (self.armijo_start, self.armijo_shrink, self.armijo_control, self.armijo_smallest)
+        papers = Armijo(*tried, at_the_mask) if self.step == "armijo" else self.fixed_step
+        return Descent(self.iterations, self.ig_steps, self.ig_steps, -1.0, papers)  # through all iterations
 
 
 @dataclass(frozen=True)
@@ -191,17 +183,29 @@ class Armijo:
         return moved, passes
 
 
+@dataclass(frozen=True)
 class Adam:
-    """Adam of masks that may leave the batch: `rows` are those that move."""
+    """Adam at a rate that falls to 0. together: all cells of a picture share one second moment."""
 
-    def __init__(self, masks: Tensor) -> None:
-        self.mean, self.square, self.steps = torch.zeros_like(masks), torch.zeros_like(masks), 0
+    rate: float
+    together: bool
+
+
+class Moments:
+    """What Adam keeps of masks that may leave the batch: `rows` are those that move."""
+
+    def __init__(self, masks: Tensor, together: bool) -> None:
+        self.together, self.steps = together, 0
+        self.mean, self.square = torch.zeros_like(masks), torch.zeros_like(masks)
 
     def move(self, masks: Tensor, slope: Tensor, rows: Tensor, rate: float) -> Tensor:
         """The masks [N, ...] of these rows after a step at this rate. Call it once a step."""
         self.steps += 1
+        power = slope**2
+        if self.together:
+            power = power.flatten(1).mean(1).view(-1, 1, 1, 1).expand_as(slope)
         self.mean[rows] = mean = torch.lerp(slope, self.mean[rows], _FIRST)
-        self.square[rows] = square = torch.lerp(slope**2, self.square[rows], _SECOND)
+        self.square[rows] = square = torch.lerp(power, self.square[rows], _SECOND)
         spread = (square / (1 - _SECOND**self.steps)).sqrt() + _EPSILON
         return (masks - rate * (mean / (1 - _FIRST**self.steps)) / spread).clamp(0, 1)
 
@@ -219,19 +223,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Descent:
-    """rule: Armijo's, a fixed alpha, or None for Adam. The others: see `MaskSettings` and `IntegratedSettings`."""
+    """rule: Armijo's, Adam's, or a fixed alpha. The others: see `MaskSettings` and `IntegratedSettings`."""
 
     iterations: int
     ig_steps: int
     intervals: int
-    learning_rate: float
     tolerance: float
-    rule: Armijo | float | None
+    rule: Armijo | Adam | float
 
     def search(self, problem: Problem, masks: Tensor) -> Found:
         """Descend from these masks [B, planes, h, w], of a whole batch, until every picture has ended."""
         steps, passes = (torch.zeros(len(masks), device=masks.device) for _ in range(2))
-        values, adam = masks.new_zeros(len(masks), self.iterations), Adam(masks)
+        values = masks.new_zeros(len(masks), self.iterations)
+        moments = Moments(masks, isinstance(self.rule, Adam) and self.rule.together)
         active = torch.arange(len(masks), device=masks.device)
         for step in range(self.iterations):
             some, own, intervals = problem.of_rows(active), masks[active], self.intervals_at(step)
@@ -240,8 +244,8 @@ class Descent:
             if isinstance(self.rule, Armijo):
                 moved, tried = self.rule.move(some, own, value, slope, intervals, step)
                 passes[active] += tried
-            elif self.rule is None:
-                moved = adam.move(own, slope, active, self.learning_rate * (1 - step / self.iterations))
+            elif isinstance(self.rule, Adam):
+                moved = moments.move(own, slope, active, self.rule.rate * (1 - step / self.iterations))
             else:
                 moved = (own - self.rule * slope).clamp(0, 1)
             masks = masks.index_copy(0, active, moved)

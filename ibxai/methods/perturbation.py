@@ -1,7 +1,8 @@
 """What a picture becomes where it is taken away: the baselines of insertion, deletion and the mask methods.
 
 A blur and a constant need the picture alone, so metrics know them too. Noise belongs to a seed and a sample, and the
-dataset's mean to the reference split: only methods are given these, and `Baseline` holds them.
+dataset's mean to the reference split: only methods are given these, and `Baseline` holds them. `PerturbationSettings`
+are what all methods that hide parts of a picture have in their YAMLs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from ibxai.draws import normal, sample_keys
 from ibxai.errors import UserError, nearest
-from ibxai.types import Batch
+from ibxai.methods.settings import check_choice, check_positive
+from ibxai.types import SCORE_KINDS, Batch, ScoreKind
 
 BASELINES = ("blur", "constant")
 DATASET_MEAN = "dataset_mean"
@@ -44,7 +46,6 @@ class Baseline:
 
     kind: "blur", "constant" (see `baseline_picture`), "noise" (normal around `value`, of deviation 1 in normalised
     units, drawn for the sample and the seed) or "dataset_mean" (`mean` [C, H, W], of the reference split).
-    Raises UserError for a kernel of even width.
     """
 
     kind: str
@@ -53,10 +54,6 @@ class Baseline:
     value: float
     seed: int
     mean: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise UserError(f"method.kernel is {self.kernel}: it must be odd, or null.")
 
     def __call__(self, batch: Batch) -> Tensor:
         """[B, C, H, W], without a gradient."""
@@ -67,6 +64,36 @@ class Baseline:
         if self.kind == DATASET_MEAN and self.mean is not None:
             return self.mean.to(inputs).expand_as(inputs)
         return baseline_picture(inputs, self.kind, self.sigma, self.value, self.kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbationSettings:
+    """What is seen where a picture is hidden, and what is explained.
+
+    baseline, sigma, kernel (odd, None reaches three deviations), value: see `Baseline`. score: of the target.
+    """
+
+    baseline: str = "blur"
+    sigma: float = 50.0
+    kernel: int | None = 51
+    value: float = 0.0
+    score: ScoreKind = "probability"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "baseline", *METHOD_BASELINES)
+        check_positive(self, "sigma")
+        check_choice(self, "score", *SCORE_KINDS)
+        if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
+            raise UserError(f"method.kernel is {self.kernel}: it must be odd, or null.")
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.baseline == DATASET_MEAN
+
+    def baselines(self, reference: Iterable[Batch], seed: int) -> Baseline:
+        """The reference split is read where its mean is the baseline; UserError when it is empty."""
+        mean = mean_picture(reference) if self.uses_reference else None
+        return Baseline(self.baseline, self.sigma, self.kernel, self.value, seed, mean)
 
 
 def mean_picture(reference: Iterable[Batch]) -> Tensor:

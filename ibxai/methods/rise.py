@@ -26,19 +26,19 @@ from torch.nn import functional as F
 from ibxai.backbones import Backbone
 from ibxai.draws import sample_keys, uniform
 from ibxai.errors import UserError
-from ibxai.methods.perturbation import DATASET_MEAN, METHOD_BASELINES, Baseline, mean_picture
-from ibxai.methods.settings import check_choice, check_positive
-from ibxai.types import SCORE_KINDS, Attribution, Attributor, Batch, ScoreKind
+from ibxai.methods.perturbation import PerturbationSettings
+from ibxai.methods.settings import check_positive
+from ibxai.types import Attribution, Attributor, Batch
 
 _TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class RISE:
+class RISE(PerturbationSettings):
     """masks: N, network passes a picture. grid: cells a side. keep: the chance of a cell to be visible.
 
     tolerance: a picture stops when its error (see above) is at or below, asked every `check_every` masks; None: never.
-    baseline, sigma, kernel, value: what is seen elsewhere, see `Baseline`; 0 is RISE's grey. score: what is explained.
+    baseline, of "constant": 0 is RISE's grey.
     """
 
     masks: int = 8000
@@ -47,17 +47,12 @@ class RISE:
     tolerance: float | None = None
     check_every: int = 500
     baseline: str = "constant"
-    sigma: float = 50.0
-    kernel: int | None = 51
-    value: float = 0.0
-    score: ScoreKind = "probability"
 
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_positive(self, "masks", "check_every", "grid", "sigma")
-        check_choice(self, "baseline", *METHOD_BASELINES)
-        check_choice(self, "score", *SCORE_KINDS)
+        super().__post_init__()
+        check_positive(self, "masks", "check_every", "grid")
         if not 0 < self.keep < 1:
             raise UserError(f"method.keep is {self.keep}: a chance above 0 and below 1 is expected.")
         if self.tolerance is not None:
@@ -68,21 +63,16 @@ class RISE:
                 "error compares two halves."
             )
 
-    @property
-    def uses_reference(self) -> bool:
-        return self.baseline == DATASET_MEAN
-
     def fit(
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Nothing is estimated, but the mean picture where it is the baseline. Diagnostics, [B] each: `masks`, how many
         each picture took; `error`, of its map, as above."""
-        mean = mean_picture(reference) if self.uses_reference else None
-        baseline = Baseline(self.baseline, self.sigma, self.kernel, self.value, seed, mean)
+        baselines = self.baselines(reference, seed)
 
         def attribute(batch: Batch) -> Attribution:
             with torch.no_grad():
-                halves, taken = self._run(backbone, batch, baseline(batch), seed)
+                halves, taken = self._run(backbone, batch, baselines(batch), seed)
                 heatmap = halves.sum(1) / (self.keep * taken.double().view(-1, 1, 1))
             return Attribution(
                 heatmap.float(), "score", {"masks": taken.float(), "error": halves_error(halves).float()}
