@@ -19,7 +19,8 @@ import yaml
 
 from ibxai.errors import UserError, nearest
 
-GROUPS = ("dataset", "backbone", "method", "target", "metric", "study", "experiment")
+GROUPS = ("dataset", "backbone", "attack", "method", "target", "metric", "study", "loss", "experiment")
+COMMANDS = ("run", "train")  # that are composed of them, each with a root of its own, conf/<command>.yaml
 
 _KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>[^#]*)(?:# ?(?P<comment>.*))?")
 
@@ -63,19 +64,17 @@ def entries(config_dir: Path | None = None) -> Catalogue:
     return {group: dict(sorted((own[group] | users[group]).items())) for group in GROUPS}
 
 
-def run_config() -> str:
-    """The text of conf/run.yaml."""
-    return (_conf() / "run.yaml").read_text(encoding="utf-8")
+def root_config(command: str) -> str:
+    """The text of conf/run.yaml or conf/train.yaml."""
+    return (_conf() / f"{command}.yaml").read_text(encoding="utf-8")
 
 
-def defaults() -> dict[str, list[str]]:
-    """group -> the names that conf/run.yaml chooses."""
-    chosen: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for line in yaml.safe_load(run_config())["defaults"]:
-        for group, name in line.items() if isinstance(line, dict) else ():
-            if group in chosen and name is not None:
-                chosen[group] = name if isinstance(name, list) else [name]
-    return chosen
+def defaults(command: str = "run") -> dict[str, list[str]]:
+    """group -> the names that the command chooses, of the groups that it knows."""
+    lines = [line for line in yaml.safe_load(root_config(command))["defaults"] if isinstance(line, dict)]
+    named = {group: name for line in lines for group, name in line.items()}
+    chosen = {group: named[group] for group in GROUPS if group in named}
+    return {group: n if isinstance(n, list) else [] if n is None else [n] for group, n in chosen.items()}
 
 
 def comments(text: str) -> dict[str, str]:
@@ -114,7 +113,7 @@ def listing(catalogue: Catalogue, group: str | None = None) -> str:
     blocks = []
     for g in shown:
         lines = [
-            f"  {name:{width}}  {entry.description}{'  (default)' if name in chosen[g] else ''}".rstrip()
+            f"  {name:{width}}  {entry.description}{'  (default)' if name in chosen.get(g, ()) else ''}".rstrip()
             for name, entry in catalogue[g].items()
         ]
         blocks.append("\n".join([g, *(lines or ["  (none)"])]))

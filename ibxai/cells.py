@@ -16,12 +16,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ibxai.shards import Shard
 from ibxai.store import MetricKey, safe_name, write_atomically
 
 if TYPE_CHECKING:
@@ -34,13 +36,16 @@ Coordinates = Mapping[str, str | int | float]
 
 @dataclass(frozen=True)
 class Cell:
-    """What a study found at one place. values: metric -> [N], one a row; totals: metric -> one number for the cell."""
+    """What a study found at one place. values: metric -> [N], one a row; totals: metric -> one number for the cell;
+    intervals: metric -> low and high, of totals that have one.
+    """
 
     coordinates: Coordinates
     row_ids: tuple[str, ...] = ()
     group_ids: tuple[str, ...] = ()
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     totals: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def scores(self) -> Iterator[Score]:
         from ibxai.types import Score
@@ -58,17 +63,30 @@ class Cells:
     def __init__(self, folder: Path, key: MetricKey) -> None:
         self.folder, self.key, self.made = folder / key.folder, key, 0
         self._asked: list[Coordinates] = []
+        self._shard: Shard | None = None
+
+    @contextmanager
+    def of_shard(self, shard: Shard) -> Iterator[None]:
+        """Inside the block only the shard's cells are computed; others that are not there yet are empty."""
+        self._shard = shard
+        try:
+            yield
+        finally:
+            self._shard, self._asked = None, []
 
     def get(self, coordinates: Coordinates, compute: Callable[[], Cell]) -> Cell:
         """The cell at these coordinates: read when it is finished, otherwise computed and kept."""
+        place = len(self._asked)
         self._asked.append(coordinates)
         path = self.folder / (safe_name("_".join(f"{k}-{v}" for k, v in coordinates.items())) + ".json")
         cell = read_cell(path)
+        if cell is None and self._shard is not None and not self._shard.has(place):
+            return Cell(coordinates)
         if cell is None:
             log.info("%s: %s", self.key.name, ", ".join(f"{k} {v}" for k, v in coordinates.items()))
             cell = compute()
             self._describe()
-            write_atomically(path, _json({"place": len(self._asked), **dataclasses.asdict(cell)}))
+            write_atomically(path, _json({"place": place + 1, **dataclasses.asdict(cell)}))
             self.made += 1
         return cell
 
@@ -109,10 +127,11 @@ def read_cell(path: Path) -> Cell | None:
         told = json.loads(path.read_bytes())
         values = {name: [_number(v) for v in column] for name, column in told["values"].items()}
         totals = {name: _number(v) for name, v in told["totals"].items()}
+        ends = {name: (_number(low), _number(high)) for name, (low, high) in told.get("intervals", {}).items()}
         rows = tuple(told["row_ids"]), tuple(told["group_ids"])
         if any(len(column) != len(rows[0]) for column in (*values.values(), rows[1])):
             raise ValueError("columns of different lengths")
-        return Cell(told["coordinates"], *rows, values, totals)
+        return Cell(told["coordinates"], *rows, values, totals, ends)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ibxai.catalogue import GROUPS
+from ibxai.catalogue import COMMANDS, GROUPS
 from ibxai.errors import UserError
 
 # bash breaks words at "=" and ":" and replaces the last piece alone, so what stands before it is cut from the answers
@@ -26,7 +26,7 @@ _ibxai() {
 }
 complete -o nospace -o default -F _ibxai ibxai"""
 
-RUN_OPTIONS = ("--cfg", "--config-dir", "--help", "--multirun", "--resolve")
+OPTIONS = ("--cfg", "--config-dir", "--help", "--multirun", "--resolve")
 
 
 def candidates(line: str, commands: Sequence[str]) -> list[str]:
@@ -36,11 +36,11 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     before = words[1:]
     if not before:
         return _fitting(last, [*commands, "--help", "--version"])
-    if before[0] == "run":
-        return _fitting(last, RUN_OPTIONS) if last.startswith("-") else _hydras(before[1:], last)
-    if before[:2] == ["data", "check"]:
+    if before[0] in COMMANDS:
+        return _fitting(last, OPTIONS) if last.startswith("-") else _hydras(before[1:], last, before[0])
+    if before[:2] in (["data", "check"], ["data", "clean"]):
         return [word for word in _hydras(before[2:], last) if word.startswith("dataset")]
-    known = {"list": GROUPS, "completion": ("bash",), "data": ("check",)}.get(before[0], ())
+    known = {"list": GROUPS, "completion": ("bash",), "data": ("check", "clean", "phantom")}.get(before[0], ())
     return _fitting(last, known) if len(before) == 1 else []
 
 
@@ -49,7 +49,7 @@ def _fitting(word: str, known: Sequence[str]) -> list[str]:
     return [f"{k} " for k in known if k.startswith(word)]
 
 
-def _hydras(before: list[str], last: str) -> list[str]:
+def _hydras(before: list[str], last: str, command: str = "run") -> list[str]:
     """Hydra's answer. A line that cannot be read, or composes to nothing, has none: the user is still typing."""
     from ibxai.jobs import call_hydra
 
@@ -64,7 +64,7 @@ def _hydras(before: list[str], last: str) -> list[str]:
     answer = io.StringIO()
     os.environ["COMP_LINE"] = " ".join(["ibxai", *before, last])
     with contextlib.redirect_stdout(answer), contextlib.suppress(Exception):
-        call_hydra(["--shell-completion", "query=bash"], config_dir)
+        call_hydra(["--shell-completion", "query=bash"], config_dir, command)
     words = answer.getvalue().split()
     return [w for w in words if not w.startswith("hydra") and "_target_" not in w]
 

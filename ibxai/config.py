@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +22,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ibxai.errors import UserError, nearest
+from ibxai.shards import Shard, parse_shard
 
 if TYPE_CHECKING:
     from ibxai.pipeline import Plan
+    from ibxai.train import TrainPlan
 
 UNSET = "???"
 
@@ -38,21 +41,49 @@ class RunConfig:
     target: dict[str, Any] = field(default_factory=dict)
     metric: dict[str, Any] = field(default_factory=dict)
     study: Any = None  # a dict when one is chosen
+    attack: Any = None  # the same
     seed: int = MISSING
     device: str = MISSING
     batch_size: int = MISSING
     max_passes: int | None = MISSING
     workers: int = MISSING
     limit: int | None = MISSING
+    shard: str | None = MISSING
     pictures: int = MISSING
     outputs: str = MISSING
 
 
-ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="ibxai")
+@dataclass
+class TrainConfig:
+    """The root of a training's config. The values are in conf/train.yaml, and here are their types."""
+
+    dataset: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    method: Any = None  # a dict when one is chosen
+    target: dict[str, Any] = field(default_factory=dict)
+    loss: Any = None  # the same
+    epochs: int | None = MISSING
+    batch_size: int | None = MISSING
+    learning_rate: float | None = MISSING
+    patience: int = MISSING
+    validation_share: float = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    devices: int = MISSING
+    precision: str = MISSING
+    workers: int = MISSING
+    outputs: str = MISSING
+
+
+SCHEMAS: dict[str, type] = {"run": RunConfig, "train": TrainConfig}  # of the commands that Hydra composes
+for _command, _schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{_command}_schema", node=_schema, provider="ibxai")
 
 # in this order they are built: a mistake in a method shows before the libraries of networks are imported
 _SINGLE = ("method", "target", "dataset", "backbone")
+_OPTIONAL = ("study", "attack", "loss")
 _SMALLEST = {"seed": 0, "batch_size": 1, "max_passes": 1, "workers": 0, "limit": 1, "pictures": 0}
+_SMALLEST |= {"epochs": 1, "patience": 1, "devices": 1}
 _LARGEST = 2**31 - 1  # beyond it torch and numpy overflow, each in its own way
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -60,6 +91,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # what a class of a group has to have; "__call__" is looked up in the class, since every class itself can be called
 _PROTOCOL = {
     "dataset": "samples", "backbone": "load", "method": "fit", "metric": "__call__", "target": "make", "study": "check",
+    "attack": "perturb", "loss": "make",
 }  # fmt: skip
 
 
@@ -71,9 +103,10 @@ def make_plan(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[str, s
     """
     settings = resolved(cfg)
     check_settings(settings, choices, hints)
+    shard = parse_shard(settings["shard"])
     metrics = {name: build(node, f"metric.{name}") for name, node in settings["metric"].items()}
     parts = {group: build(settings[group], group) for group in _SINGLE}
-    study = settings.get("study")
+    study, attack = settings.get("study"), settings.get("attack")
     from ibxai.pipeline import Plan  # torch comes with it, and the checks above do without
 
     return Plan(
@@ -82,15 +115,46 @@ def make_plan(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[str, s
         metrics=metrics,
         study=None if study is None else build(study, "study"),
         study_name="" if study is None else study.get("name", choices.get("study")),
+        attack=None if attack is None else build(attack, "attack"),
+        attack_name="" if attack is None else attack.get("name", choices.get("attack")),
         settings=settings,
         seed=settings["seed"],
-        device=_usable_device(settings["device"]),
+        device=_usable_device(settings["device"], shard),
         batch_size=settings["batch_size"],
         max_passes=settings["max_passes"],
         workers=settings["workers"],
         limit=settings["limit"],
+        shard=shard,
         pictures=settings["pictures"],
-        outputs=Path(settings["outputs"]).expanduser(),
+        outputs=Path(os.path.expanduser(settings["outputs"])),
+        command=command,
+    )
+
+
+def make_training(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[str, str], command: str) -> TrainPlan:
+    """As `make_plan`, for `ibxai train`."""
+    settings = resolved(cfg)
+    check_settings(settings, choices, hints, "train")
+    parts = {group: build(settings[group], group) for group in _SINGLE if settings.get(group) is not None}
+    loss = settings.get("loss")
+    from ibxai.train import PRECISIONS, TrainPlan
+
+    if settings["precision"] not in PRECISIONS:
+        raise UserError(f"precision={settings['precision']}: one of {', '.join(PRECISIONS)} is expected.")
+    given = {key: settings[key] for key in ("epochs", "batch_size", "learning_rate") if settings[key] is not None}
+    return TrainPlan(
+        **parts,
+        loss=None if loss is None else build(loss, "loss"),
+        given=given,
+        patience=settings["patience"],
+        validation_share=settings["validation_share"],
+        settings=settings,
+        seed=settings["seed"],
+        device=_usable_device(settings["device"]),
+        devices=settings["devices"],
+        precision=settings["precision"],
+        workers=settings["workers"],
+        outputs=Path(os.path.expanduser(settings["outputs"])),
         command=command,
     )
 
@@ -106,20 +170,23 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-def check_settings(settings: Mapping[str, Any], choices: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+def check_settings(
+    settings: Mapping[str, Any], choices: Mapping[str, Any], hints: Mapping[str, str], command: str = "run"
+) -> None:
     """What can be known without importing a part. Raises UserError."""
-    known = [f.name for f in dataclasses.fields(RunConfig)]
+    known = [f.name for f in dataclasses.fields(SCHEMAS[command])]
     for key in settings:
         if key not in known:
             raise UserError(f"There is no setting {key!r}. {nearest(key, known)}")
-    for group in (*_SINGLE, *(["study"] if settings.get("study") is not None else [])):
-        if not isinstance(choices.get(group), str):  # an experiment may have chosen two, which Hydra merges
+    for group in (*_SINGLE, *_OPTIONAL):
+        # an experiment may have chosen two, which Hydra merges
+        if settings.get(group) is not None and not isinstance(choices.get(group), str):
             raise UserError(f"{group} takes one name. To run several, one after the other: -m {group}=NAME,NAME")
     for key in unset(settings):
         meaning = hints.get(key)
         raise UserError(f"{key} is not set: give {key}=..." + (f", {meaning}" if meaning else ""))
     for key, smallest in _SMALLEST.items():
-        value = settings[key]
+        value = settings.get(key)
         if value is not None and not smallest <= value <= _LARGEST:
             bound = f"least {smallest}" if value < smallest else f"most {_LARGEST}"
             raise UserError(f"{key}={value}: at {bound} is expected.")
@@ -153,6 +220,8 @@ def build(node: Any, key: str) -> Any:
     _require_protocol(cls, group, key, node["_target_"])
     settings = {str(k): value for k, value in node.items() if k != "_target_"}
     name = settings.get("name", key.rpartition(".")[2])
+    if name == UNSET:
+        raise UserError(f"{key}.name is not set: give {key}.name=...")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(f"{key}.name={name}: letters, digits, '.', '_' and '-' are expected; it names a folder.")
     if "name" not in _fields(cls):
@@ -274,7 +343,7 @@ def _convert_plain(value: Any, hint: Any) -> Any:
     if hint is str:
         return str(value)
     if hint is Path and str(value).strip():
-        return Path(str(value)).expanduser()
+        return Path(os.path.expanduser(str(value)))
     if hint is bool and isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower())
     return None
@@ -312,13 +381,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _usable_device(name: str) -> str:
-    """The device that was asked for. A missing GPU is an error, never a silent CPU."""
+def _usable_device(name: str, shard: Shard | None = None) -> str:
+    """The device that was asked for. A missing GPU is an error, never a silent CPU. Shards share several GPUs out."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if count else "cpu"
+        own = f"cuda:{(shard.number - 1) % count}" if shard is not None and count > 1 else "cuda"
+        return own if count else "cpu"
     if name.startswith("cuda") and not count:
         raise UserError(
             f"device={name}: PyTorch {torch.__version__} finds no usable GPU here.\n"

@@ -18,7 +18,8 @@ from ibxai.config import build, resolved, unset
 from ibxai.datasets.splits import order
 from ibxai.errors import BadSample, UserError
 from ibxai.overrides import check, explained
-from ibxai.types import Dataset, Sample
+from ibxai.tokenisation import words
+from ibxai.types import Dataset, Picture, Sample
 
 OK, PROBLEMS = 0, 3
 _PROBLEMS_SHOWN = 10
@@ -32,7 +33,7 @@ def check_dataset(overrides: Sequence[str], read: int | None, config_dir: Path |
     overrides: "dataset=NAME" and its settings, as for a run. read: how many samples are decoded, chosen by a hash of
     their ids, None for all.
     """
-    dataset = _dataset(overrides, config_dir)
+    dataset = dataset_of(overrides, config_dir)
     samples = {sample.sample_id: sample for _, split in _splits(dataset) for sample in split}
     print(dataset.name)
     for what, text in _described(dataset, list(samples.values())):
@@ -42,7 +43,8 @@ def check_dataset(overrides: Sequence[str], read: int | None, config_dir: Path |
     sizes, problems = _read(dataset, sorted(chosen, key=lambda sample: sample.sample_id))
     _print("read", f"{len(chosen):,} of {len(samples):,} samples, {len(problems):,} with a problem")
     common = ", ".join(f"{w} x {h} ({count:,})" for (w, h), count in sizes.most_common(_SIZES_SHOWN))
-    _print("pixels", common + (f", {len(sizes) - _SIZES_SHOWN:,} other sizes" if len(sizes) > _SIZES_SHOWN else ""))
+    if sizes:  # texts have none
+        _print("pixels", common + (f", {len(sizes) - _SIZES_SHOWN:,} other sizes" if len(sizes) > _SIZES_SHOWN else ""))
     for sample, reason in problems[:_PROBLEMS_SHOWN]:
         _print("problem", f"{sample.source}: {reason}")
     if len(problems) > _PROBLEMS_SHOWN:
@@ -54,7 +56,7 @@ def _print(what: str, text: str) -> None:
     print(f"  {what:12} {text or 'none'}", flush=True)
 
 
-def _dataset(overrides: Sequence[str], config_dir: Path | None) -> Dataset:
+def dataset_of(overrides: Sequence[str], config_dir: Path | None) -> Dataset:
     """The dataset that the overrides describe. Raises UserError."""
     foreign = [text for text in overrides if not text.startswith("dataset")]
     if foreign:
@@ -120,7 +122,11 @@ def _read(dataset: Dataset, samples: Sequence[Sample]) -> tuple[Counter[tuple[in
     problems: list[tuple[Sample, str]] = []
     for sample in tqdm(samples, unit="sample", desc="reading", disable=None, leave=False):
         try:
-            sizes[dataset.read(sample).image.size] += 1
+            content = dataset.read(sample)
+            if isinstance(content, Picture):
+                sizes[content.image.size] += 1
+            elif not words(content.text):
+                problems.append((sample, "the text holds no word"))
         except BadSample as error:
             problems.append((sample, str(error)))
         except Exception as error:  # as in a run: one file that nobody foresaw must not hide the others

@@ -1,7 +1,10 @@
 """Errors a person can act on: what was found, what was expected, what to do."""
 
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_LIST_WIDTH = 140  # characters
 
 
 class UserError(Exception):
@@ -15,7 +18,7 @@ class BadSample(Exception):
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """The known names that `name` may have been meant for, as the end of an error line.
 
-    With no near name it lists all the known ones, up to twenty.
+    With no near name it lists the known ones, as many as a line holds.
     """
     options = sorted(known)
     near = get_close_matches(name.lower(), options, n=most, cutoff=0.5)
@@ -24,5 +27,5 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
         return "Did you mean " + " or ".join(near) + "?"
     if not options:
         return "There are none."
-    listed = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
+    listed = textwrap.shorten(", ".join(options), _LIST_WIDTH, placeholder=" ...")
     return f"There are: {listed}."

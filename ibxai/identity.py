@@ -36,7 +36,7 @@ def identify(plan: Plan, samples: Sequence[Sample], backbone: Backbone) -> dict[
     }
     if uses_reference(plan.method):
         identity["reference"] = sample_table_digest(plan.dataset.reference())
-    return identity
+    return identity | _attacked(plan)
 
 
 def uses_reference(method: Method) -> bool:
@@ -44,8 +44,8 @@ def uses_reference(method: Method) -> bool:
     return getattr(method, "uses_reference", True)
 
 
-def uses_regions(metric: Metric) -> bool:
-    """Whether the dataset's annotations change the metric's scores."""
+def uses_regions(metric: Metric | Study) -> bool:
+    """Whether the dataset's annotations change the metric's scores, or a study's cells."""
     return getattr(metric, "uses_regions", False)
 
 
@@ -72,6 +72,8 @@ def study_key(name: str, study: Study, samples: Sequence[Sample], dataset: Datas
     settings = {**_described(study), "samples": sample_table_digest(samples)}
     if hasattr(dataset, "in_split"):
         settings["train"] = sample_table_digest(dataset.in_split("train"))
+    if uses_regions(study):
+        settings["annotations"] = annotations_digest(dataset)
     return MetricKey(name, settings)
 
 
@@ -83,7 +85,13 @@ def responses_identity(plan: Plan, backbone: Backbone, metric: Metric) -> dict[s
         "weights": backbone.digest,
         "preprocessing": dataclasses.asdict(backbone.preprocessing),
         "numeric": NUMERIC_MODE,
+        **_attacked(plan),
     }
+
+
+def _attacked(plan: Plan) -> dict[str, Any]:
+    """What an attack adds to an identity; of clean inputs nothing, so that their folders keep their names."""
+    return {} if plan.attack is None else {"attack": _described(plan.attack)}
 
 
 def _described(part: Any) -> dict[str, Any]:
@@ -93,13 +101,8 @@ def _described(part: Any) -> dict[str, Any]:
 
 
 def provenance(plan: Plan, backbone: Backbone, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run at its start: command, parts, versions, device, and what a reader must be told."""
-    gpu = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else ""
-    notes = []
-    if backbone.random_weights:
-        notes.append("Random weights: the network is untrained, and its explanations mean nothing.")
+    """What describes a run: its parts, versions, identity. The rest is in its sessions."""
     return {
-        "command": plan.command,
         "dataset": plan.dataset.name,
         "backbone": backbone.name,
         "weights": "random weights" if backbone.random_weights else f"sha256 {backbone.digest}",
@@ -107,11 +110,29 @@ def provenance(plan: Plan, backbone: Backbone, identity: Mapping[str, Any]) -> d
         "reference": plan.dataset.reference_note if uses_reference(plan.method) else None,
         "identity": identity,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "device": f"{backbone.device}, {gpu or f'{platform.machine()}, {torch.get_num_threads()} threads'}",
-        "notes": notes,
-        "started": now(),
         "finished": None,
     }
+
+
+def session_of(plan: Plan, backbone: Backbone) -> dict[str, Any]:
+    """What describes one process's part in a run."""
+    gpu = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else ""
+    return {
+        "command": plan.command,
+        "shard": str(plan.shard or "1/1"),
+        "device": f"{backbone.device}, {gpu or f'{platform.machine()}, {torch.get_num_threads()} threads'}",
+    }
+
+
+def warnings_of(plan: Plan, backbone: Backbone) -> list[str]:
+    """What a reader of the run must be told before anything else."""
+    notes = []
+    if backbone.random_weights:
+        notes.append("Random weights: the network is untrained, and its explanations mean nothing.")
+    if plan.attack is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(plan.attack).items())  # type: ignore[call-overload]
+        notes.append(f"Adversarial inputs: what is explained and judged is changed by {plan.attack_name} ({settings}).")
+    return notes
 
 
 def now() -> str:

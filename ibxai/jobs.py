@@ -1,8 +1,8 @@
-"""`ibxai run` behind its command line: Hydra composes the jobs, and each job is a Plan for the pipeline.
+"""`ibxai run` and `ibxai train` behind their command lines: Hydra composes the jobs, and each job is a plan.
 
 A job never raises through Hydra, which would drop the jobs behind it and report the first failure alone. It leaves a
-record, a small file in the sweep's temporary folder, whatever process it ran in; the records give the summary and the
-exit code.
+record; a job of a sweep as a small file in the sweep's temporary folder, whatever process it ran in. The records give
+the summary, the sweep's page and the exit code, also when the launcher itself broke down in the middle.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ibxai.catalogue import entries, hints
-from ibxai.config import make_plan
+from ibxai.config import make_plan, make_training
 from ibxai.errors import UserError
 from ibxai.overrides import check, explained
 
@@ -33,60 +34,139 @@ if TYPE_CHECKING:
     from ibxai.pipeline import Outcome
 
 DONE, BUG, USER_ERROR, SKIPPED = 0, 1, 2, 3
+TERMINATED = 128 + signal.SIGTERM
 _WORST_LAST = (DONE, SKIPPED, USER_ERROR, BUG)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What came of a job. summary: one line. folder: where its results are, "" when it has none."""
+    """What came of a job. summary: one line. folder: where its results are, "" when it has none. outputs: the folder
+    that it was given for them.
+    """
 
     overrides: list[str]
     exit_code: int
     summary: str
     folder: str = ""
+    outputs: str = ""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A job that went well. lines: for its user; of the rest see `Record`."""
+
+    lines: Sequence[str]
+    summary: str
+    folder: Path
+    exit_code: int = DONE
 
 
 class _ReaderGone(BaseException):
     """Nobody reads stdout any more. Like Ctrl-C it is no Exception, which Hydra would print, and go on."""
 
 
-def run_jobs(overrides: Sequence[str], multirun: bool, config_dir: Path | None) -> int:
-    """Run what the overrides describe, and return the worst exit code. Raises UserError before the first job."""
-    check(overrides, multirun)
+def run_jobs(overrides: Sequence[str], multirun: bool, config_dir: Path | None, command: str = "run") -> int:
+    """Do what the overrides describe, and return the worst exit code. Raises UserError before the first job.
+
+    command: "run" or "train", whose root config is conf/<command>.yaml.
+    """
+    check(overrides, multirun, command)
+    launcher = next((text for text in overrides if text.startswith("hydra")), None)
+    if launcher is not None and not multirun:  # Hydra would run it here, and not say so
+        raise UserError(f"{launcher} is about sweeps: add -m.")
+    with _stopped_by_sigterm():
+        if multirun:
+            return _run_sweep(overrides, config_dir, command)
+        records: list[Record] = []
+        try:
+            call_hydra(overrides, config_dir, command, lambda cfg: records.append(_attempt(cfg)))
+        except _ReaderGone as gone:
+            raise BrokenPipeError from gone
+        return records[0].exit_code
+
+
+def _run_sweep(overrides: Sequence[str], config_dir: Path | None, command: str) -> int:
+    broken: Exception | None = None
     with tempfile.TemporaryDirectory(prefix="ibxai-") as place:
         # quoted, since Hydra reads some characters of a path in its own way
         own = "hydra.sweep.dir='" + place.replace("\\", "\\\\").replace("'", "\\'") + "'"
         try:
-            call_hydra([*(["--multirun"] if multirun else []), *overrides, own], config_dir)
+            call_hydra(["--multirun", *overrides, own], config_dir, command)
         except _ReaderGone as gone:
             raise BrokenPipeError from gone
-        records = [Record(**json.loads(p.read_text())) for p in sorted(Path(place).glob("job-*.json"))]
+        except Exception as error:  # of the launcher: a worker was killed, a cluster refused
+            broken = error
+        records = _records(Path(place))
+    if broken is not None and not records:
+        raise broken
     if not records:
         raise UserError(
             "No job reported back.\nA launcher that uses other machines needs a TMPDIR which those machines share."
         )
-    if multirun:
-        print("\n" + sweep_summary(records))
+    print("\n" + sweep_summary(records))
+    if (page := _sweep_page(records)) is not None:
+        print(f"sweep: {page}")
+    if broken is not None:
+        print(f"ibxai: the launcher failed, {type(broken).__name__}: {_first_line(broken)}\n"
+              "Jobs without a line above may not have run. The same command goes on.", file=sys.stderr)  # fmt: skip
+        return BUG
     return max((r.exit_code for r in records), key=_WORST_LAST.index)
 
 
-def show_config(overrides: Sequence[str], what: str, resolve: bool, config_dir: Path | None) -> None:
+def _records(folder: Path) -> list[Record]:
+    return [Record(**json.loads(path.read_text())) for path in sorted(folder.glob("job-*.json"))]
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """A cluster's word that time is up ends the block as Ctrl-C does: the batch in flight is dropped."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    except SystemExit as leaving:
+        if leaving.code == TERMINATED:
+            print(
+                "\nibxai: stopped by SIGTERM. The batch in flight is dropped, what is finished is kept: "
+                "the same command continues from there.",
+                file=sys.stderr,
+            )
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def show_config(
+    overrides: Sequence[str], what: str, resolve: bool, config_dir: Path | None, command: str = "run"
+) -> None:
     """Print the composed config as YAML, and run nothing."""
-    check(overrides, multirun=False)
-    call_hydra(["--cfg", what, *(["--resolve"] if resolve else []), *overrides], config_dir)
+    check(overrides, multirun=False, command=command)
+    call_hydra(["--cfg", what, *(["--resolve"] if resolve else []), *overrides], config_dir, command)
 
 
-def call_hydra(arguments: Sequence[str], config_dir: Path | None) -> None:
+def call_hydra(
+    arguments: Sequence[str],
+    config_dir: Path | None,
+    command: str = "run",
+    job: Callable[[DictConfig], None] | None = None,
+) -> None:
     """Hydra's own command line, with its errors turned into a UserError where they are a user's mistake."""
     catalogue = entries(config_dir)
     typed = [*(["--config-dir", str(config_dir)] if config_dir else []), *arguments]
-    main = hydra.main(config_path="pkg://ibxai.conf", config_name="run", version_base="1.3")(_job)
+    main = hydra.main(config_path="pkg://ibxai.conf", config_name=command, version_base="1.3")(job or _job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on, rather than printing them and exiting
     try:
         with _command_line(typed):
             main()
     except Exception as error:
-        explanation = explained(error, catalogue)
+        explanation = explained(error, catalogue, command)
         if explanation is None:
             raise
         raise explanation from error
@@ -103,18 +183,21 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _job(cfg: DictConfig) -> None:
+    """A job of a sweep, in whatever process."""
     job = HydraConfig.get()
-    many = job.mode is RunMode.MULTIRUN
-    number = job.job.num if many else 0
-    # unresolved: "seed=${x}" is a text here, and not to be filled in
-    overrides = [str(text) for text in OmegaConf.to_container(job.overrides.task, resolve=False)]  # type: ignore[union-attr]
-    if many:
-        try:
-            print(f"\njob {number}: {' '.join(overrides) or 'the defaults'}", flush=True)
-        except BrokenPipeError as error:
-            raise _ReaderGone from error
-    record = _attempt(cfg, overrides, _config_dir())
-    Path(job.sweep.dir, f"job-{number:06d}.json").write_text(json.dumps(asdict(record)))
+    try:
+        print(f"\njob {job.job.num}: {' '.join(_overrides()) or 'the defaults'}", flush=True)
+    except BrokenPipeError as error:
+        raise _ReaderGone from error
+    record = Path(job.sweep.dir, f"job-{job.job.num:06d}.json")
+    written = record.with_suffix(".tmp")
+    written.write_text(json.dumps(asdict(_attempt(cfg))))
+    written.replace(record)
+
+
+def _overrides() -> list[str]:
+    """Unresolved: "seed=${x}" is a text here, and not to be filled in."""
+    return [str(text) for text in OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)]  # type: ignore[union-attr]
 
 
 def _config_dir() -> Path | None:
@@ -130,32 +213,53 @@ def _config_dir() -> Path | None:
     return None
 
 
-def _attempt(cfg: DictConfig, overrides: list[str], config_dir: Path | None) -> Record:
+def _attempt(cfg: DictConfig) -> Record:
+    overrides, config_dir, outputs = _overrides(), _config_dir(), str(cfg.get("outputs"))
     directory = ["--config-dir", str(config_dir)] if config_dir else []
-    command = shlex.join(["ibxai", "run", *directory, *overrides])
+    name = HydraConfig.get().job.config_name
+    command = shlex.join(["ibxai", str(name), *directory, *overrides])
     # Hydra notes no choice where a list was chosen; a metric's settings stand under its name
-    choices = {**HydraConfig.get().runtime.choices, "metric": list(cfg.metric)}
+    choices = {**HydraConfig.get().runtime.choices, "metric": list(cfg.get("metric") or ())}
     try:
         _check_mode()
-        plan = make_plan(cfg, choices, hints(entries(config_dir), choices), command)
-        from ibxai import pipeline
-
-        outcome = pipeline.run(plan)
+        work = {"run": _explain, "train": _train}[str(name)]
+        done = work(cfg, choices, hints(entries(config_dir), choices), command)
     except UserError as error:
         print(f"ibxai: {error}", file=sys.stderr)
-        return Record(overrides, USER_ERROR, f"failed: {_first_line(error)}")
+        return Record(overrides, USER_ERROR, f"failed: {_first_line(error)}", outputs=outputs)
     except BrokenPipeError as error:
         raise _ReaderGone from error
     except Exception as error:
         traceback.print_exc()
-        return Record(overrides, BUG, f"failed: {type(error).__name__}: {_first_line(error)}")
+        return Record(overrides, BUG, f"failed: {type(error).__name__}: {_first_line(error)}", outputs=outputs)
+    print("\n".join(done.lines), flush=True)
+    return Record(overrides, done.exit_code, f"done: {done.summary}", str(done.folder), outputs)
+
+
+def _explain(cfg: DictConfig, choices: Mapping[str, Any], meanings: Mapping[str, str], command: str) -> _Done:
+    """A job of `ibxai run`."""
+    plan = make_plan(cfg, choices, meanings, command)
+    from ibxai import pipeline
+
+    outcome = pipeline.run(plan)
+    page = f"report: {outcome.report}"
+    if outcome.missing:
+        rows = _count(outcome.missing, "row")
+        page = f"{rows} of other shards not there yet: the last one makes the page. The folder: {outcome.folder}"
+    if not outcome.skipped:
+        return _Done([told(outcome), page], told(outcome), outcome.folder)
     skipped = f"{_count(len(outcome.skipped), 'sample')} skipped"
-    print(told(outcome))
-    if outcome.skipped:
-        print(f"{skipped}: {outcome.folder / 'skipped.csv'} says why")
-    print(f"report: {outcome.report}", flush=True)
-    summary = f"done: {told(outcome)}" + (f", {skipped}" if outcome.skipped else "")
-    return Record(overrides, SKIPPED if outcome.skipped else DONE, summary, str(outcome.folder))
+    why = f"{skipped}: {outcome.folder / 'skipped.csv'} says why"
+    return _Done([told(outcome), why, page], f"{told(outcome)}, {skipped}", outcome.folder, SKIPPED)
+
+
+def _train(cfg: DictConfig, choices: Mapping[str, Any], meanings: Mapping[str, str], command: str) -> _Done:
+    """A job of `ibxai train`."""
+    plan = make_training(cfg, choices, meanings, command)
+    from ibxai import train
+
+    trained = train.run(plan)
+    return _Done([*trained.table, f"checkpoint: {trained.weights}"], trained.summary, trained.weights.parent)
 
 
 def _check_mode() -> None:
@@ -190,6 +294,26 @@ def sweep_summary(records: Sequence[Record]) -> str:
         if record.folder:
             lines.append(f"     {'':{width}}  {record.folder}")
     return "\n".join(lines)
+
+
+def _sweep_page(records: Sequence[Record]) -> Path | None:
+    """The page of a sweep; None where its jobs have no scores, or the folder refuses."""
+    from ibxai.report.sweeps import Job, Sweep, write_sweep
+
+    jobs = [
+        Job(
+            settings=dict(override.lstrip("+~").partition("=")[::2] for override in record.overrides),
+            failed=record.exit_code in (USER_ERROR, BUG),
+            told=record.summary,
+            folder=Path(record.folder) if record.folder else None,
+        )
+        for record in records
+    ]
+    try:
+        return write_sweep(Sweep(jobs), Path(os.path.expanduser(records[0].outputs)))
+    except UserError as error:
+        print(f"ibxai: {error}", file=sys.stderr)
+        return None
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""What may stand behind `ibxai run`, and what Hydra's errors about it mean in a person's words.
+"""What may stand behind `ibxai run` and `ibxai train`, and what Hydra's errors about it mean in a person's words.
 
 Some of what Hydra would accept is refused before it composes anything: what would import or call a thing of the
 user's choosing (`_target_`, callbacks), what would litter, and what would be taken for something else in silence.
@@ -17,33 +17,38 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
-from ibxai.catalogue import GROUPS, Catalogue
-from ibxai.config import RunConfig, expected
+from ibxai.catalogue import GROUPS, Catalogue, defaults
+from ibxai.config import SCHEMAS, expected
 from ibxai.errors import UserError, nearest
 
-# of Hydra's own settings: who runs the jobs of a sweep, and where such a launcher keeps its files
-_HYDRA_ALLOWED = re.compile(r"hydra/(launcher|sweeper)|hydra\.(launcher|sweeper)\.\w[\w.]*|hydra\.sweep\.dir")
+_LONGEST_NAME = 200  # it becomes a file's name, and a file system has a limit
+# of Hydra's own settings: who runs the jobs of a sweep, and how
+_HYDRA_ALLOWED = re.compile(r"hydra/(launcher|sweeper)|hydra\.(launcher|sweeper)\.\w[\w.]*")
 
 
-def check(overrides: Sequence[str], multirun: bool) -> None:
+def check(overrides: Sequence[str], multirun: bool, command: str = "run") -> None:
     """Raise UserError for what must not reach Hydra. Nothing is composed or imported."""
     for text in overrides:
-        _check_text(text)
+        _check_text(text, command)
         override = _parse(text)
         if override.is_sweep_override() and not multirun:
             key = override.get_key_element()
             listed = f", or {key}=[...] to give one list" if key == "metric" or "." in key else ""
             raise UserError(f"{text} gives several values: add -m to run them one after the other{listed}.")
         _check_override(override, text)
+        group = override.key_or_group.partition(".")[0]
+        if group in GROUPS and group not in defaults(command):
+            other = next(name for name in SCHEMAS if group in defaults(name))
+            raise UserError(f"{text}: `ibxai {command}` takes no {group}; `ibxai {other}` does.")
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, command: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{text!a} holds bytes that are no text in UTF-8.") from error
     if text.startswith("-"):
-        raise UserError(f"There is no option {text.partition('=')[0]!r}. `ibxai run --help` lists the options.")
+        raise UserError(f"There is no option {text.partition('=')[0]!r}. `ibxai {command} --help` lists the options.")
     if "_target_" in text:
         raise UserError(
             f"{text}: which class runs is not set on the command line.\n"
@@ -82,6 +87,8 @@ def _check_choice(override: Override, text: str) -> None:
         listed = ",".join(str(v) for v in value) or "NAME"
         raise UserError(f"{text}: {group} takes one name. To run several, one after the other: -m {group}={listed}")
     names = value if isinstance(value, list) else [value]
+    if any(isinstance(name, str) and len(name) > _LONGEST_NAME for name in names):
+        raise UserError(f"{text[:60]}...: no {group} has so long a name. `ibxai list {group}` shows all.")
     if not all(isinstance(name, str) and name for name in names):
         example = "metric=[insertion,deletion], or metric=[] for none" if group == "metric" else f"{group}=NAME"
         raise UserError(f"{text}: a name is expected, {example}. `ibxai list {group}` shows all.")
@@ -108,7 +115,7 @@ def _parse_error(text: str) -> str:
     return f"{text!r} cannot be read: {reason}\n{advice}"
 
 
-def explained(error: Exception, catalogue: Catalogue) -> UserError | None:
+def explained(error: Exception, catalogue: Catalogue, command: str = "run") -> UserError | None:
     """What an error of Hydra's composing says to a user; None when it is no user's mistake."""
     if isinstance(error, UserError):
         return error
@@ -117,7 +124,7 @@ def explained(error: Exception, catalogue: Catalogue) -> UserError | None:
     # Hydra chains what OmegaConf said, openly or, for a file's content, only as the context
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(error, HydraException | OmegaConfBaseException) and isinstance(cause, OmegaConfBaseException):
-        return UserError(_config_error(cause, str(error)))
+        return UserError(_config_error(cause, str(error), SCHEMAS[command]))
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}.")
@@ -129,32 +136,34 @@ def explained(error: Exception, catalogue: Catalogue) -> UserError | None:
 
 def _unknown_option(path: str, catalogue: Catalogue) -> str:
     group, _, name = path.rpartition("/")
+    if group == "hydra/launcher" and name.partition("_")[0] in ("joblib", "submitit"):
+        return f"hydra/launcher={name} is not installed: pip install 'ibxai[launchers]'."
     if group not in catalogue:
         return f"There is no {group} {name!r}: is its Hydra plugin installed?"
     return f"There is no {group} {name!r}. {nearest(name, catalogue[group])}"
 
 
-def _config_error(cause: OmegaConfBaseException, message: str) -> str:
+def _config_error(cause: OmegaConfBaseException, message: str, schema: type) -> str:
     key = cause.full_key or ""
     file = re.match(r"In '(.*?)':", message)
     where = f"{file[1]}.yaml: " if file else ""
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return where + _unknown_key(key, cause)
+        return where + _unknown_key(key, cause, schema)
     given = re.match(r"Error merging override \+*(.*)", message)
-    if isinstance(cause, ValidationError) and key in RunConfig.__dataclass_fields__:
-        return f"{where}{given[1] if given else key}: {expected(get_type_hints(RunConfig)[key])} is expected."
+    if isinstance(cause, ValidationError) and key in get_type_hints(schema):
+        return f"{where}{given[1] if given else key}: {expected(get_type_hints(schema)[key])} is expected."
     reason = str(cause).splitlines()[0]
     if reason.startswith("Cannot merge"):
         reason = "settings are expected here, like {name: value}."
     return f"{where}{given[1] if given else key}: {reason}"
 
 
-def _unknown_key(key: str, cause: OmegaConfBaseException) -> str:
+def _unknown_key(key: str, cause: OmegaConfBaseException, schema: type) -> str:
     group, _, rest = key.partition(".")
     if not rest:
         if group == "experiment":  # the group has no YAML at all, so Hydra takes the word for a setting
             return "There is no experiment of this name. There are none."
-        return f"There is no setting {key!r}. {nearest(key, [*RunConfig.__dataclass_fields__, 'experiment'])}"
+        return f"There is no setting {key!r}. {nearest(key, [*get_type_hints(schema), 'experiment'])}"
     parent = cause.parent_node
     siblings = [str(k) for k in parent if k not in ("_target_", "name")] if hasattr(parent, "keys") else []
     owner = parent.get("name", group) if hasattr(parent, "keys") else key.rpartition(".")[0]

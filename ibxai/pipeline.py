@@ -8,7 +8,6 @@ and a new metric reuses the heatmaps that are there.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
 
+from ibxai.attacks import Attack
 from ibxai.backbones import Backbone
+from ibxai.backbones.checkpoints import chosen
 from ibxai.cells import Cells
 from ibxai.errors import BadSample, UserError
 from ibxai.identity import (
@@ -27,15 +30,20 @@ from ibxai.identity import (
     annotations_digest,
     identify,
     metric_key,
-    now,
     provenance,
+    session_of,
     study_key,
+    uses_reference,
     uses_regions,
+    warnings_of,
 )
 from ibxai.logs import Said, also_to_file, run_log
 from ibxai.memory import keep_freed_memory
 from ibxai.metrics.study import Task, run_study
+from ibxai.modality import check_modalities
 from ibxai.report import write_report
+from ibxai.sessions import Session
+from ibxai.shards import Shard
 from ibxai.store import RunStore, digest
 from ibxai.targets import ClassTarget, TargetSpec
 from ibxai.types import Dataset, Method, Metric, Sample, Study
@@ -49,8 +57,8 @@ ROWS_AT_ONCE = {"cpu": 40, "cuda": 512}  # a CPU is fastest while the activation
 class BackboneSpec(Protocol):
     """A network by name, not yet loaded; a frozen dataclass filled from its YAML.
 
-    One that can be trained before the run also has `trained` (`backbones/small.py`); one whose weights studies can
-    exchange has what `metrics.study.Rebuildable` asks for.
+    One that `ibxai train` trains also has what `backbones.checkpoints.Spec` and `train.Trainable` ask for; one whose
+    weights studies can exchange has what `metrics.study.Rebuildable` asks for.
     """
 
     @property
@@ -62,8 +70,8 @@ class BackboneSpec(Protocol):
 class Plan:
     """A run, all of it. The parts are built; `settings` are the plain values they were built from, for the record.
 
-    limit: only the first N samples. pictures: rows kept with their picture for the report. max_passes: network rows
-    at once, None for what suits the device.
+    limit: only the first N samples. shard: only a part of these, None for all. pictures: rows kept with their picture
+    for the report. max_passes: network rows at once, None for what suits the device.
     """
 
     dataset: Dataset
@@ -84,12 +92,16 @@ class Plan:
     command: str
     study: Study | None = None
     study_name: str = ""
+    shard: Shard | None = None
+    attack: Attack | None = None
+    attack_name: str = ""
+    state: Mapping[str, Tensor] | None = None  # of a method that was trained for the whole dataset
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of a run. rows: those asked for, skipped ones left out; new_*: heatmaps, score rows and cells of a
-    study made now.
+    study made now. missing: rows that other shards of the run have not finished yet; the last one makes the page.
     """
 
     folder: Path
@@ -99,47 +111,72 @@ class Outcome:
     new_scores: int
     skipped: Mapping[str, str]
     new_cells: int = 0
+    missing: int = 0
 
 
 def run(plan: Plan) -> Outcome:
     """Do what is left of a plan. Raises UserError for what a user can put right."""
-    started = time.perf_counter()
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # "float32" in the identity means all of its bits
     with run_log() as said:
+        check_modalities(plan)
+        _check_attack(plan)
         samples = plan.dataset.samples()
         _check_rows(plan, samples)
         device = torch.device(plan.device)
-        plan = _trained(plan)
+        plan = _with_checkpoint(plan)
         backbone = plan.backbone.load(plan.max_passes or ROWS_AT_ONCE[device.type]).to(device)
+        plan = _with_state(plan)
         identity = identify(plan, samples, backbone)
         store = RunStore(plan.outputs / plan.dataset.name / backbone.name / plan.method_name / digest(identity))
-        report = store.path / "report.html"
-        left = what_is_left(plan, samples[: plan.limit], store)
-        task = _task(plan, samples[: plan.limit], backbone, store)
+        report, wanted = store.path / "report.html", samples[: plan.limit]
+        left = what_is_left(plan, wanted if plan.shard is None else plan.shard.part(wanted), store)
+        task = _task(plan, wanted, backbone, store)
         if not left.rows and store.is_reported() and (task is None or task.cells.finished):
             return Outcome(store.path, report, left.wanted, 0, 0, {})
-        _check_parts(plan, samples[: plan.limit], backbone)
-        record = _begin(plan, samples, backbone, store, identity, said)
+        _check_parts(plan, wanted, backbone)
+        session = _begin(plan, samples, backbone, store, identity, said)
         worker = Worker(plan, backbone, store, left)
+        worker.after_batch = session.save
         logged = also_to_file(store.path / "run.log", said.records)
         with _discarded_on_error(store), logged:
-            with backbone.counting() as passes:
+            with backbone.counting() as session.passes:
                 _announce(plan, backbone, left)
-                skipped = worker.work_off(samples[: plan.limit])
-            new_cells = run_study(plan.study, task) if plan.study is not None and task is not None else 0
-        record |= {"passes": dict(passes), "seconds": round(time.perf_counter() - started, 1), "finished": now()}
-        store.write_provenance(record)
-        report = write_report(store)
+                skipped = worker.work_off(wanted)
+            missing = _missing(plan, wanted, store)
+            new_cells = 0 if task is None or missing else _study(plan, task, store, session)
+        session.end(run_is_finished=not missing)
+        if not missing:
+            write_report(store)
     rows = left.wanted - len(skipped) * len(plan.target.names())
-    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped, new_cells)
+    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped, new_cells, missing)
 
 
-def _trained(plan: Plan) -> Plan:
-    """The plan with the backbone's weights in a file, when it is one that is trained before the run."""
-    if not hasattr(plan.backbone, "trained"):
+def _with_checkpoint(plan: Plan) -> Plan:
+    """The plan with what a training's checkpoint says of the network, when that is where its weights come from."""
+    checkpoint = chosen(plan.backbone, plan.dataset, plan.target.answers, plan.outputs)
+    if checkpoint is None:
         return plan
-    return replace(plan, backbone=plan.backbone.trained(plan.dataset, _cache(plan), plan.device, plan.workers))
+    log.warning("the network: %s", checkpoint)  # a reader of the report is to know whose answers are explained
+    learnt = checkpoint.described["learnt"]
+    return replace(plan, backbone=plan.backbone.with_learnt(str(checkpoint.weights), learnt))  # type: ignore[attr-defined]
+
+
+def _with_state(plan: Plan) -> Plan:
+    """The plan with what `ibxai train` has made of its method, when it is one that is trained for a whole dataset."""
+    if not hasattr(plan.method, "learner"):
+        return plan
+    checkpoint = chosen(plan.method, plan.dataset, plan.target.answers, plan.outputs)
+    if checkpoint is None:
+        if not uses_reference(plan.method):
+            weights = plan.settings["method"]["weights"]
+            raise UserError(f"method.weights={weights} is nothing that `ibxai train method=...` has left.")
+        return plan
+    log.warning("the method: %s", checkpoint)
+    told = checkpoint.described
+    trained: Any = plan.method
+    method = trained.with_learnt(told["weights"], told["learnt"])  # by its digest: where it lies changes nothing
+    return replace(plan, method=method, state=load_file(checkpoint.weights))
 
 
 def _cache(plan: Plan) -> Path:
@@ -177,22 +214,17 @@ def _begin(
     store: RunStore,
     identity: Mapping[str, Any],
     said: Said,
-) -> dict[str, Any]:
-    """Write what describes the run. What must be told of it is added at once: a killed process leaves its heatmaps."""
-    record, class_names = provenance(plan, backbone, identity), _class_names(plan, backbone)
-    for note in record["notes"]:
+) -> Session:
+    """Write what describes the run."""
+    class_names = _class_names(plan, backbone)
+    for note in warnings_of(plan, backbone):
         log.warning("%s", note)
-    record["notes"] = list(dict.fromkeys([*store.notes(), *said.messages]))
-
-    def keep_note(note: str) -> None:
-        if note not in record["notes"]:
-            record["notes"].append(note)
-            store.write_provenance(record)
-
+    session = Session(store, provenance(plan, backbone, identity), session_of(plan, backbone), said.messages)
     with _discarded_on_error(store):
-        store.begin(OmegaConf.to_yaml(plan.settings), record, class_names, all_rows(plan, samples))
-    said.told = keep_note
-    return record
+        store.begin(OmegaConf.to_yaml(plan.settings), session.provenance(), class_names, all_rows(plan, samples))
+        session.tell()
+    said.told = session.note
+    return session
 
 
 @contextmanager
@@ -203,6 +235,14 @@ def _discarded_on_error(store: RunStore) -> Iterator[None]:
     except UserError:
         store.discard()
         raise
+
+
+def _check_attack(plan: Plan) -> None:
+    """An attack leads a classifier from one class to another; studies go back to the dataset's own pictures."""
+    if plan.attack is not None and plan.target.answers != "class":
+        raise UserError(f"attack={plan.attack_name} needs a network that names one class: choose another target.")
+    if plan.attack is not None and plan.study is not None:
+        raise UserError(f"study={plan.study_name} works on the dataset's own pictures: run it without an attack.")
 
 
 def _check_rows(plan: Plan, samples: Sequence[Sample]) -> None:
@@ -244,6 +284,32 @@ def what_is_left(plan: Plan, samples: Sequence[Sample], store: RunStore) -> Left
     heatmaps = wanted - store.finished(wanted)
     scores = {name: (wanted - store.read_scores(key).keys()) | heatmaps for name, key in keys.items()}
     return Left(len(wanted), keys, heatmaps, scores)
+
+
+def _missing(plan: Plan, samples: Sequence[Sample], store: RunStore) -> int:
+    """Rows that other shards have not finished. Those of samples that could not be used are not waited for."""
+    if plan.shard is None:
+        return 0
+    given_up = store.skipped()
+    return len(what_is_left(plan, [s for s in samples if s.sample_id not in given_up], store).rows)
+
+
+def _study(plan: Plan, task: Task, store: RunStore, session: Session) -> int:
+    """Run the plan's study; returns the number of cells made. A shard begins with the cells that are its own.
+
+    A mistake ends the run, and what was finished before has its page all the same.
+    """
+    assert plan.study is not None
+    try:
+        if plan.shard is not None:
+            with task.cells.of_shard(plan.shard):
+                for _ in plan.study(task):
+                    pass
+        return run_study(plan.study, task)
+    except UserError:
+        session.tell()
+        write_report(store)
+        raise
 
 
 def _announce(plan: Plan, backbone: Backbone, left: Left) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,14 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+
+    modality: ClassVar[str] = "picture"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Preprocessing:
+        """From its settings as JSON has them, with lists for tuples."""
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in settings.items()}
+        return cls(**given)
 
     def __call__(self, picture: Picture) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(input float32 [C, crop, crop], regions [R, crop, crop], bool or float32 as they came) of one picture.

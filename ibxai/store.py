@@ -2,20 +2,28 @@
 
     <outputs>/<dataset>/<backbone>/<method>/<identity>/
         config.yaml provenance.json classes.json samples.csv skipped.csv run.log
+        sessions/<start>.json           one a process that worked here; provenance.json adds them up (`sessions.py`)
         heatmaps/<row>.npz              raw map, unit, target, prediction, diagnostics
         pictures/<row>.png              what the network saw, of the first rows, for the report
+        texts/<row>.json                the same of texts: the text, and where its tokens stand
         overlays/<row>.png              the same with the heat over it; metrics.csv summary.csv report.html: by `report`
+        outlines/<row>.png              where a metric has found something on them, and where something was annotated
+        skipped/<sample>.json           the reason why a sample could not be used; skipped.csv lists them
         scores/<metric>-<hash>/         settings.json, and one <batch>.npz a batch, keyed by row inside
         studies/<study>-<hash>/         settings.json, and one <cell>.json a cell (`cells.py`); studies.csv
 
 A row is finished when its heatmap file exists, scored when a score file names it: there is no other record of
 progress, so nothing can disagree. Every file is written under a temporary name, synced and renamed. `samples.csv`
 lists all rows of the dataset, in order, whatever part of them has been computed.
+
+Any number of processes may work in one folder. A file is either written by one of them alone, or has the same content
+whoever writes it, or is made again from the others whenever it is wanted.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -62,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StoredHeatmap:
-    """A finished row. heatmap: float32 [H, W], raw; target and prediction are class indices.
+    """A finished row. heatmap: float32 [H, W] or, of a text, [T], raw; target and prediction are class indices.
 
     The probabilities are NaN of a regression. target_value: the explained output itself, a logit or a regression's
     value; NaN in folders of runs that did not keep it.
@@ -126,6 +134,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of rows that have all the same names, whole or not at all."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
 @contextmanager
 def explained_os_errors(path: Path) -> Iterator[None]:
     """Turn "disk full", "read-only" and the like into a line that says what to do."""
@@ -161,27 +178,33 @@ class RunStore:
             self._write_csv("samples.csv", ("row", "sample", "target", "group", "label"), lines)
 
     def discard(self) -> None:
-        """Undo `begin` as long as no row is finished: a mistake leaves no folder behind. Older folders stay."""
-        if self._made and not _names_in(self.path / "heatmaps"):
+        """Undo `begin` as long as no row is finished: a mistake leaves no folder behind. Older folders stay, and so
+        does one in which another process has begun too.
+        """
+        if self._made and not _names_in(self.path / "heatmaps") and len(_names_in(self.path / "sessions")) < 2:
             shutil.rmtree(self.path, ignore_errors=True)
             for folder in self._made[1:]:
                 with suppress(OSError):  # another run has come into it
                     folder.rmdir()
 
     def is_reported(self) -> bool:
-        """Whether the page was made after all else: a run that was killed has written its provenance again since."""
+        """Whether the run was finished, and its page made after all else: one that goes on has written its provenance
+        again since.
+        """
         try:
+            if not self.provenance().get("finished"):
+                return False
             written = (self.path / "provenance.json").stat().st_mtime_ns
             return (self.path / "report.html").stat().st_mtime_ns >= written
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError, AttributeError):
             return False
 
-    def notes(self) -> list[str]:
-        """What the earlier runs in this folder had to tell their reader."""
-        try:
-            return [str(note) for note in self.provenance().get("notes", [])]
-        except (OSError, ValueError):
-            return []
+    def write_session(self, name: str, session: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "sessions" / f"{name}.json", json.dumps(session, indent=2).encode())
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What every process that worked here tells of itself, by their start. Damaged files are left out."""
+        return _read_all_json(self.path / "sessions", ("command", "device", "notes", "started"))
 
     def write_provenance(self, provenance: Mapping[str, Any]) -> None:
         self.write_text("provenance.json", json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
@@ -202,16 +225,25 @@ class RunStore:
             Row(r["row"], r["sample"], r["target"], r["group"], int(r["label"]) if r["label"] else None) for r in lines
         ]
 
-    def write_skipped(self, reasons: Mapping[str, str]) -> None:
-        """sample id -> why it could not be used, of the latest run over these samples."""
-        self._write_csv("skipped.csv", ("sample", "reason"), list(reasons.items()))
+    def write_skipped(self, reasons: Mapping[str, str], tried: Iterable[str] = ()) -> None:
+        """sample id -> why it could not be used. tried: samples of which those without a reason are well again."""
+        known = _names_in(self.path / "skipped")
+        for sample_id, reason in reasons.items():
+            content = json.dumps({"sample": sample_id, "reason": reason}).encode()
+            write_atomically(self._skipped_path(sample_id), content)
+        for sample_id in set(tried) - reasons.keys():
+            if (path := self._skipped_path(sample_id)).name in known:
+                path.unlink(missing_ok=True)
+        if reasons or known:
+            self._write_csv("skipped.csv", ("sample", "reason"), list(self.skipped().items()))
 
     def skipped(self) -> dict[str, str]:
-        if not (self.path / "skipped.csv").exists():
+        """sample id -> reason, in the order of the dataset."""
+        found = {told["sample"]: told["reason"] for told in _read_all_json(self.path / "skipped", ("sample", "reason"))}
+        if not found:
             return {}
-        return {
-            r["sample"]: r["reason"] for r in csv.DictReader(io.StringIO(self._read_text("skipped.csv"), newline=""))
-        }
+        order = {row.sample_id: place for place, row in enumerate(self.rows())}
+        return dict(sorted(found.items(), key=lambda entry: order.get(entry[0], len(order))))
 
     # heatmaps
 
@@ -250,9 +282,16 @@ class RunStore:
             raise DamagedFile(f"{self._heatmap_path(row_id)} has no entry {error}") from error
 
     def finished(self, row_ids: Iterable[str]) -> set[str]:
-        """Those of the rows whose heatmap is there."""
+        """Those of the rows whose heatmap is there. One that was cut short, such as by a copy that was broken off, is
+        not, and that is logged.
+        """
         present = _names_in(self.path / "heatmaps")
-        return {row_id for row_id in row_ids if safe_name(row_id) + ".npz" in present}
+        named = {row_id: f"{safe_name(row_id)}.npz" for row_id in row_ids}
+        found = {row_id for row_id, name in named.items() if name in present}
+        cut = {row_id for row_id in found if not _has_its_end(self.path / "heatmaps" / named[row_id])}
+        for row_id in sorted(cut):
+            log.warning("a stored heatmap is cut short and made again: %s", self._heatmap_path(row_id))
+        return found - cut
 
     def forget_heatmap(self, row_id: str) -> None:
         self._heatmap_path(row_id).unlink(missing_ok=True)
@@ -312,6 +351,39 @@ class RunStore:
         except OSError as error:
             raise DamagedFile(f"{path}: {error}") from error
 
+    def write_outline(self, row_id: str, places: np.ndarray) -> None:
+        """places: uint8 [H, W], see `types.DrawsOutlines`."""
+        buffer = io.BytesIO()
+        Image.fromarray(places).save(buffer, "png")
+        write_atomically(self.path / "outlines" / f"{safe_name(row_id)}.png", buffer.getvalue())
+
+    def read_outline(self, row_id: str) -> np.ndarray | None:
+        """uint8 [H, W], or None when none was kept, or it cannot be read: it is for the eye alone."""
+        try:
+            return np.asarray(Image.open(self.path / "outlines" / f"{safe_name(row_id)}.png").convert("L"))
+        except OSError:
+            return None
+
+    def write_words(self, row_id: str, text: str, spans: Sequence[tuple[int, int]]) -> None:
+        """A text as it stands in its file, and where in it the tokens are that the network read."""
+        content = json.dumps({"text": text, "spans": spans}, ensure_ascii=False)
+        write_atomically(self._words_path(row_id), content.encode("utf-8", "surrogatepass"))
+
+    def read_words(self, row_id: str) -> tuple[str, list[tuple[int, int]]] | None:
+        """(text, spans), or None when none was kept. Raises DamagedFile."""
+        path = self._words_path(row_id)
+        try:
+            told = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+            return str(told["text"]), [(int(start), int(end)) for start, end in told["spans"]]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedFile(f"{path}: {error}") from error
+
+    def holds_texts(self) -> bool:
+        """Whether texts were kept for the report, and not pictures."""
+        return (self.path / "texts").is_dir()
+
     def write_text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text.encode("utf-8", "surrogateescape"))
 
@@ -320,8 +392,14 @@ class RunStore:
     def _heatmap_path(self, row_id: str) -> Path:
         return self.path / "heatmaps" / f"{safe_name(row_id)}.npz"
 
+    def _skipped_path(self, sample_id: str) -> Path:
+        return self.path / "skipped" / f"{safe_name(sample_id)}.json"
+
     def _picture_path(self, row_id: str) -> Path:
         return self.path / "pictures" / f"{safe_name(row_id)}.png"
+
+    def _words_path(self, row_id: str) -> Path:
+        return self.path / "texts" / f"{safe_name(row_id)}.json"
 
     def _read_text(self, name: str) -> str:
         return (self.path / name).read_bytes().decode("utf-8", "surrogateescape")
@@ -361,6 +439,29 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # damage surfaces as whatever its decoder stumbles on: BadZipFile, zlib.error, EOFError
         raise DamagedFile(f"{path}: {error or type(error).__name__}") from error
+
+
+def _has_its_end(path: Path) -> bool:
+    """Whether a file ends as our zip archives do: with a directory, whose record is the last 22 bytes."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(-22, os.SEEK_END)
+            return file.read(4) == b"PK\5\6"
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # shorter than that, or it cannot be opened just now, which `read_heatmap` will tell
+        return error.errno != errno.EINVAL
+
+
+def _read_all_json(folder: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects in a folder's files, in the order of their names; without those that are damaged or just removed."""
+    found = []
+    for name in sorted(name for name in _names_in(folder) if not name.startswith(".")):
+        with suppress(OSError, ValueError):
+            told = json.loads((folder / name).read_bytes())
+            if isinstance(told, dict) and all(key in told for key in needed):
+                found.append(told)
+    return found
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self, get_args
+from typing import ClassVar, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -205,8 +205,18 @@ class RegressionTarget:
         return self.reference
 
 
+# What a network's outputs answer: "class" one of them is right (softmax); "labels" each is there or not (sigmoid);
+# "values" each is a number.
+AnswerKind = Literal["class", "labels", "values"]
+
+
 class TargetSpec(Protocol):
-    """What `target=` chooses: the rows that a sample gives, before the network has seen it. A frozen dataclass."""
+    """What `target=` chooses: the rows that a sample gives, before the network has seen it. A frozen dataclass.
+
+    answers: the kind of network that it explains.
+    """
+
+    answers: ClassVar[AnswerKind]
 
     def names(self) -> tuple[str, ...]:
         """The part after "@" in the ids of the rows that one sample gives."""
@@ -230,6 +240,8 @@ class TargetSpec(Protocol):
 class Predicted:
     """Explain the class that the network predicts."""
 
+    answers: ClassVar[AnswerKind] = "class"
+
     def names(self) -> tuple[str, ...]:
         return ("predicted",)
 
@@ -243,6 +255,8 @@ class Predicted:
 @dataclass(frozen=True)
 class Label:
     """Explain the class that the dataset gives. A sample without one is skipped, and listed."""
+
+    answers: ClassVar[AnswerKind] = "class"
 
     def names(self) -> tuple[str, ...]:
         return ("label",)
@@ -259,6 +273,8 @@ class Classes:
     """Explain the same given classes of every sample: one row a class."""
 
     ids: tuple[int, ...]
+
+    answers: ClassVar[AnswerKind] = "class"
 
     def __post_init__(self) -> None:
         _check_ids(self.ids)
@@ -283,6 +299,8 @@ class MultiLabel:
 
     ids: tuple[int, ...] | Literal["label", "predicted"]
 
+    answers: ClassVar[AnswerKind] = "labels"
+
     def __post_init__(self) -> None:
         if not isinstance(self.ids, str):
             _check_ids(self.ids)
@@ -305,6 +323,8 @@ class Regression:
 
     kind: RegressionLoss
     output: int
+
+    answers: ClassVar[AnswerKind] = "values"
 
     def __post_init__(self) -> None:
         if self.output < 0:

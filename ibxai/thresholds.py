@@ -1,11 +1,39 @@
-"""Where a map is cut into what is highlighted and what is not: Otsu's threshold and quantiles, one a map."""
+"""Where a map is cut into what is highlighted and what is not, one threshold a map, by one of these rules.
+
+    fixed     `level` times the map's maximum; of a map without a positive value nothing is highlighted
+    quantile  the quantile `level` of its pixels
+    mean_std  their mean plus `level` deviations
+    otsu      Otsu's threshold, which has no level
+    absolute  `level` itself, in the map's unit: what is highlighted in one map means the same in another
+
+Metrics and methods share them.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+Rule = Literal["fixed", "quantile", "mean_std", "otsu", "absolute"]
+RULES: tuple[str, ...] = get_args(Rule)
 _BINS = 256
+
+
+def cut(maps: Tensor, rule: Rule, level: float) -> Tensor:
+    """float64 [B]: the threshold of each map [B, H, W]; a pixel at it is highlighted. See the module."""
+    values = maps.double().flatten(1)
+    if rule == "otsu":
+        return otsu(maps).double()
+    if rule == "quantile":
+        return quantile(values, torch.tensor([level], dtype=torch.float64, device=values.device))[:, 0]
+    if rule == "mean_std":
+        return values.mean(1) + level * values.std(1, correction=0)
+    if rule == "absolute":
+        return torch.full_like(values[:, 0], level)
+    highest = values.amax(1)
+    return torch.where(highest > 0, level * highest, torch.inf)
 
 
 def otsu(maps: Tensor) -> Tensor:

@@ -58,14 +58,22 @@ class Picture:
     regions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Text:
+    """A decoded sample of a dataset of texts, as it stands in its file: places in it count its characters."""
+
+    text: str
+
+
 class Dataset(Protocol):
     """A dataset in its official on-disk layout. Implementations are frozen dataclasses; every field is in its YAML.
 
     `samples` and `reference` raise `UserError` when the layout is not there; `read` raises `BadSample`.
     `reference` is the split that feature statistics are estimated on; `reference_note` says what it is.
     A dataset with regions also has `annotations() -> str`, a digest of what they are made from: scores of metrics that
-    read regions are named by it. One with a train and a test split has `in_split(name)`, and `facts()` where there is
-    more to say in `ibxai data check` than what all datasets have.
+    read regions are named by it. One with a train and a test split has `in_split(name)`, one
+    whose groups have a grade of severity `grades()`, group -> grade, 0 for healthy; and `facts()` where there is
+    more to say in `ibxai data check` than what all datasets have. One of texts says so: `modality` is "text".
     """
 
     @property
@@ -76,7 +84,7 @@ class Dataset(Protocol):
     def reference_note(self) -> str: ...
     def samples(self) -> Sequence[Sample]: ...
     def reference(self) -> Sequence[Sample]: ...
-    def read(self, sample: Sample) -> Picture: ...
+    def read(self, sample: Sample) -> Picture | Text: ...
 
 
 class Target(Protocol):
@@ -113,9 +121,12 @@ class Target(Protocol):
 class Batch:
     """Rows that run together. A row is a (sample, target); its id in a run is "<sample>@<target>".
 
-    inputs: pictures [B, C, H, W] after normalisation. group_ids: the sample ids when not given.
+    inputs: pictures [B, C, H, W] after normalisation, or the embeddings [B, T, D] of texts. group_ids: the sample ids
+    when not given.
     regions: "target" bool [B, R, H, W] (one plane a box or lesion, padded with empty planes), "severity" float of the
     same form; a row whose planes are all empty is not annotated, nor are any where the name is absent.
+    tokens, valid: of texts alone, long and bool [B, T]. Texts of different lengths are padded at their end, where
+    `valid` is False: padding never gets attribution, and how much there is changes nothing.
     """
 
     inputs: Tensor
@@ -123,6 +134,8 @@ class Batch:
     sample_ids: tuple[str, ...]
     group_ids: tuple[str, ...] = ()
     regions: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    valid: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.group_ids:
@@ -145,12 +158,37 @@ class Batch:
             sample_ids=tuple(self.sample_ids[i] for i in places),
             group_ids=tuple(self.group_ids[i] for i in places),
             regions={name: plane[index] for name, plane in self.regions.items()},
+            tokens=None if self.tokens is None else self.tokens[index],
+            valid=self.valid_of(index),
         )
+
+    def valid_of(self, rows: Tensor) -> Tensor | None:
+        """bool [N, T] of the texts at these positions; None of pictures."""
+        return None if self.valid is None else self.valid[rows]
+
+    @property
+    def places(self) -> torch.Size:
+        """The size of one map: (H, W) of pictures, (T,) of texts."""
+        return self.inputs.shape[-2:] if self.valid is None else self.inputs.shape[1:2]
+
+    @property
+    def channels(self) -> int:
+        """The dimension of the inputs that a map has not: a picture's colours, a text's embedding."""
+        return 1 if self.valid is None else 2
+
+    def over_inputs(self, values: Tensor) -> Tensor:
+        """Values [N, P], one a place, in the shape that broadcasts over inputs: [N, 1, H, W] or [N, T, 1]."""
+        return values.view(-1, *self.places).unsqueeze(self.channels)
+
+    def scores(self, network: Callable[..., Tensor], inputs: Tensor, rows: Tensor, kind: ScoreKind) -> Tensor:
+        """[N]: the score of the rows at these positions when the network sees `inputs` [N, ...] in their place."""
+        out = network(inputs) if self.valid is None else network(inputs, self.valid[rows])
+        return self.target.take(rows).score(out, kind)
 
     def bound(self, backbone: Backbone) -> Batch:
         """The same rows with the target bound to what the network says of the unmasked inputs."""
         with torch.no_grad():
-            return replace(self, target=self.target.bind(backbone(self.inputs)))
+            return replace(self, target=self.target.bind(backbone(self.inputs, self.valid)))
 
     def to(self, device: torch.device | str) -> Batch:
         device = torch.device(device)
@@ -160,6 +198,8 @@ class Batch:
             sample_ids=self.sample_ids,
             group_ids=self.group_ids,
             regions={name: plane.to(device) for name, plane in self.regions.items()},
+            tokens=None if self.tokens is None else self.tokens.to(device),
+            valid=None if self.valid is None else self.valid.to(device),
         )
 
 
@@ -167,8 +207,8 @@ class Batch:
 class Attribution:
     """Heatmaps of a batch, raw: never cut to 8 bit, never scaled to 0..1. Higher = stronger evidence for the target.
 
-    heatmap: float32 [B, H, W] at the input's size.
-    unit: "bits" are bits a pixel (the sum over the picture is the capacity of the bottleneck).
+    heatmap: float32 [B, H, W] at the input's size, or [B, T] of texts, 0 in the padding.
+    unit: "bits" are bits a pixel or token (the sum over the sample is the capacity of the bottleneck).
     diagnostics: [B] each (final loss, capacity, network passes ...), or [B, steps] for a curve.
     """
 
@@ -190,7 +230,8 @@ class Method(Protocol):
     """An attribution method: a frozen dataclass of hyper-parameters, every one in its YAML with its source.
 
     Two class attributes: `version` goes into the identity of a run (raise it when the heatmap of the same settings
-    changes), `uses_reference` (True when absent) says whether the reference split matters. `fit` estimates whatever
+    changes), `uses_reference` (True when absent) says whether the reference split matters; one that explains texts too
+    has `modalities = ("picture", "text")`, and so has a metric that judges their maps. `fit` estimates whatever
     the method needs from the reference batches, in a bottleneck's case feature statistics, and returns the function
     that makes heatmaps.
     """
@@ -217,6 +258,15 @@ class Metric(Protocol):
     """
 
     def __call__(self, backbone: Backbone, batch: Batch, attribution: Attribution) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class DrawsOutlines(Protocol):
+    """A metric that finds places in a map, which the run's page draws on its overlays."""
+
+    def outlines(self, batch: Batch, attribution: Attribution) -> Tensor:
+        """uint8 [B, H, W]: 1 at the border of what was found, 2 at that of what was annotated, 0 elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)

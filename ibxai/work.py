@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ibxai.backbones import Backbone
+from ibxai.backbones import Backbone, TextBackbone
 from ibxai.datasets.loading import Loaded, load_batches, reference_batches
 from ibxai.identity import responses_identity, uses_reference
 from ibxai.memory import with_backoff
 from ibxai.responses import KeptResponses, SharesResponses
 from ibxai.store import DamagedFile, MetricKey, Row, RunStore, StoredHeatmap, digest
-from ibxai.types import Attribution, Attributor, Batch, Metric, Sample
+from ibxai.types import Attribution, Attributor, Batch, DrawsOutlines, Metric, Sample, Text
 
 if TYPE_CHECKING:
     from ibxai.pipeline import Plan
@@ -47,6 +47,7 @@ class Worker:
     def __init__(self, plan: Plan, backbone: Backbone, store: RunStore, left: Left) -> None:
         self.plan, self.backbone, self.store, self.left = plan, backbone, store, left
         self.new_heatmaps = self.new_scores = 0
+        self.after_batch: Callable[[], None] = lambda: None
         self._attributor: Attributor | None = None
         self._kept: dict[str, KeptResponses] = {}
         self._cache = plan.outputs / plan.dataset.name / backbone.name / "cache"  # shared by the runs on this network
@@ -68,30 +69,36 @@ class Worker:
                 skipped |= piece.skipped
                 if piece.batch is not None:
                     self._process(piece, shown)
+                    self.after_batch()
                     bar.update(len(piece.batch))
-        tried = {sample.sample_id for sample, _ in work}
-        before = self.store.skipped()
-        now = {sample_id: reason for sample_id, reason in before.items() if sample_id not in tried} | skipped
-        if now != before:
-            self.store.write_skipped(now)
+        self.store.write_skipped(skipped, tried=[sample.sample_id for sample, _ in work])
         return skipped
 
     def _process(self, loaded: Loaded, shown: set[str]) -> None:
         assert loaded.batch is not None
-        batch, row_ids = loaded.batch.to(self.backbone.device), loaded.row_ids
+        batch, row_ids = self.backbone.embed(loaded.batch.to(self.backbone.device)), loaded.row_ids
+        if (attack := self.plan.attack) is not None:
+            clean = batch
+            batch = with_backoff(lambda: attack.perturb(self.backbone, clean), self.backbone)
         with torch.no_grad():
-            out = with_backoff(lambda: self.backbone(batch.inputs), self.backbone)
+            out = with_backoff(lambda: self.backbone(batch.inputs, batch.valid), self.backbone)
         batch = dataclasses.replace(batch, target=batch.target.bind(out))
         stored = self._stored(row_ids)
         fresh = [place for place, row_id in enumerate(row_ids) if row_id not in stored]
         if fresh:
-            made = self._attribute(batch.take(fresh), out[fresh], [row_ids[i] for i in fresh], shown)
+            texts = [loaded.texts[i] for i in fresh] if loaded.texts else []
+            made = self._attribute(batch.take(fresh), out[fresh], [row_ids[i] for i in fresh], shown, texts)
             stored |= {heatmap.row_id: heatmap for heatmap in made}
         attribution = _as_attribution([stored[row_id] for row_id in row_ids], batch.inputs.device)
         for name, metric in self.plan.metrics.items():
             places = [i for i, row_id in enumerate(row_ids) if row_id in self.left.scores[name] or i in fresh]
             if places:
                 self._score(name, metric, batch.take(places), attribution.take(places), [row_ids[i] for i in places])
+            drawn = [i for i in places if row_ids[i] in shown]
+            if drawn and isinstance(metric, DrawsOutlines):
+                outlines = metric.outlines(batch.take(drawn), attribution.take(drawn)).cpu().numpy()
+                for i, outline in zip(drawn, outlines, strict=True):
+                    self.store.write_outline(row_ids[i], outline)
 
     def _stored(self, row_ids: Sequence[str]) -> dict[str, StoredHeatmap]:
         found = {}
@@ -104,19 +111,27 @@ class Worker:
                     self.store.forget_heatmap(row_id)
         return found
 
-    def _attribute(self, batch: Batch, out: Tensor, row_ids: Sequence[str], shown: set[str]) -> list[StoredHeatmap]:
+    def _attribute(
+        self, batch: Batch, out: Tensor, row_ids: Sequence[str], shown: set[str], texts: Sequence[Text]
+    ) -> list[StoredHeatmap]:
         if self._attributor is None:
             self._attributor = with_backoff(self._fit, self.backbone)
         attributor = self._attributor
         attribution = with_backoff(lambda: attributor(batch), self.backbone)
         made = _to_store(attribution, batch, out, row_ids)
-        pictures = self.backbone.preprocessing.picture_of(batch.inputs)
         for place, heatmap in enumerate(made):
             if heatmap.row_id in shown:  # before the heatmap, which says that the row is finished
-                self.store.write_picture(heatmap.row_id, pictures[place])
+                self._show(heatmap.row_id, batch.inputs[place], texts[place] if texts else None)
             self.store.write_heatmap(heatmap)
         self.new_heatmaps += len(made)
         return made
+
+    def _show(self, row_id: str, inputs: Tensor, text: Text | None) -> None:
+        """Keep for the report what the network saw."""
+        if isinstance(self.backbone, TextBackbone) and text is not None:
+            self.store.write_words(row_id, text.text, self.backbone.preprocessing.spans(text))
+        else:
+            self.store.write_picture(row_id, self.backbone.preprocessing.picture_of(inputs))
 
     def _fit(self) -> Attributor:
         plan = self.plan
@@ -125,7 +140,7 @@ class Worker:
         reference = reference_batches(
             plan.dataset, self.backbone.preprocessing, plan.batch_size, plan.workers, self._cache
         )
-        attributor = plan.method.fit(self.backbone, reference, plan.seed)
+        attributor = plan.method.fit(self.backbone, reference, plan.seed, plan.state)
         for sample_id, reason in reference.skipped.items():
             log.warning("left out of the reference split: %s: %s", sample_id, reason)
         return attributor
@@ -149,7 +164,10 @@ def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequ
     value = batch.target.score(out, "value")
     has_probability = not prediction_probability.isnan().all()  # a regression has none
     target_probability = batch.target.score(out, "probability") if has_probability else prediction_probability
-    heatmaps = attribution.heatmap.detach().cpu().numpy()
+    heatmaps = list(attribution.heatmap.detach().cpu().numpy())
+    if batch.valid is not None:  # padding is not stored
+        lengths = batch.valid.sum(1).tolist()
+        heatmaps = [heatmap[:length] for heatmap, length in zip(heatmaps, lengths, strict=True)]
     diagnostics = {name: value.detach().cpu().numpy() for name, value in attribution.diagnostics.items()}
     return [
         StoredHeatmap(
@@ -168,7 +186,9 @@ def _to_store(attribution: Attribution, batch: Batch, out: Tensor, row_ids: Sequ
 
 
 def _as_attribution(stored: Sequence[StoredHeatmap], device: torch.device) -> Attribution:
-    heatmap = torch.from_numpy(np.stack([s.heatmap for s in stored])).to(device)
+    maps = [torch.from_numpy(s.heatmap) for s in stored]
+    of_texts = maps[0].dim() == 1  # of different lengths
+    heatmap = (pad_sequence(maps, batch_first=True) if of_texts else torch.stack(maps)).to(device)
     return Attribution(heatmap, stored[0].unit)  # type: ignore[arg-type]  # a unit was stored, a unit is read
 
 

@@ -28,6 +28,7 @@ from ibxai.types import Attribution, Batch
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- extremes: begin -->\n", "<!-- extremes: end -->"
 FITTED: Mapping[str, Mapping[str, Any]] = {
+    "lesions": {"within": None},
     "pointing_game": {"tolerance": 2},
     "sensitivity_n": {"sets": 50},
     "sensitivity_n_regression": {"sets": 50},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from ibxai.backbones import Backbone, freeze
 from ibxai.targets import ClassTarget
 from ibxai.types import Batch
 
+DEVICE = os.environ.get("IBXAI_TEST_DEVICE", "cpu")  # scripts/gpu_check.py
 ROLES = {"early": "stage1", "mid": "stage2", "late": "stage3", "bottleneck": "stage2", "gradcam": "stage3"}
 
 
@@ -81,7 +83,7 @@ def small_net(seed: int = 0) -> nn.Module:
 
 
 def small_backbone(max_passes: int = 256, seed: int = 0) -> Backbone:
-    return freeze(small_net(seed), (3, 32, 32), ROLES, name="small", max_passes=max_passes)
+    return freeze(small_net(seed), (3, 32, 32), ROLES, name="small", max_passes=max_passes).to(DEVICE)
 
 
 def noise_pictures(count: int, shape: Sequence[int] = (3, 32, 32), seed: int = 0) -> Tensor:
@@ -95,7 +97,7 @@ def noise_pictures(count: int, shape: Sequence[int] = (3, 32, 32), seed: int = 0
 
 def batch_of(inputs: Tensor, classes: Sequence[int], ids: Sequence[str] | None = None) -> Batch:
     names = tuple(ids or (f"sample{i}" for i in range(len(inputs))))
-    return Batch(inputs, ClassTarget(torch.tensor(classes)), names, names)
+    return Batch(inputs, ClassTarget(torch.tensor(classes)), names, names).to(DEVICE)
 
 
 class Patches(nn.Module):

@@ -797,9 +797,9 @@ def test_the_digest_is_of_the_weights() -> None:
 
 
 def freeze_digest(network: nn.Module) -> str:
-    from ibxai.backbones.backbone import _weights_digest
+    from ibxai.backbones.backbone import weights_digest
 
-    return _weights_digest(network)
+    return weights_digest(network)
 
 
 def test_half_precision_weights() -> None:

@@ -334,8 +334,8 @@ def composed(settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     return plans[0]
 
 
-# an experiment may be a sweep: test_experiments.py
-ALL = [(group, name) for group in GROUPS if group != "experiment" for name in entries()[group]]
+# an experiment may be a sweep: test_experiments.py; a loss belongs to `ibxai train`: test_train.py
+ALL = [(group, name) for group in GROUPS if group not in ("experiment", "loss") for name in entries()[group]]
 
 
 @pytest.mark.parametrize(("group", "name"), ALL)
@@ -344,7 +344,10 @@ def test_every_yaml_composes_and_builds(group: str, name: str, monkeypatch: pyte
     missing = [] if group == "metric" else list(unset(settings))
     given = [f"{group}.{key}={[0] if key == 'ids' else tmp_path}" for key in missing]
     if group == "backbone":
+        given = ["backbone.name=resnet18"] if name == "timm" else []
         given += ["backbone.weights=none", "backbone.allow_random=true"]
+    if name == "lstm":
+        given = ["backbone.weights=some.safetensors", "dataset=imdb", f"dataset.root={tmp_path}", "method=iba_text"]
     if group == "dataset" and name == "imagenet":
         given = [f"dataset.root={imagenet_root(tmp_path / 'root')}"]
     plan = composed([f"{group}=[{name}]" if group == "metric" else f"{group}={name}", *given], monkeypatch, tmp_path)
@@ -353,7 +356,7 @@ def test_every_yaml_composes_and_builds(group: str, name: str, monkeypatch: pyte
     elif group == "method":
         assert plan.method_name == name
     elif group in ("backbone", "dataset"):
-        assert getattr(plan, group).name == name
+        assert getattr(plan, group).name == ("resnet18" if name == "timm" else name)
     if name == "imagenet":
         assert len(plan.dataset.samples()) == 6
 

@@ -69,7 +69,7 @@ def function(): raise SystemExit("called")
 
 CONFIGS = {
     "dataset/toy": "# Toy data\nname: toy\n_target_: toyparts.Data\n",
-    "dataset/folder": "# Data of a folder\nname: folder\n_target_: toyparts.Data\nroot: ???  # folder of pictures\n",
+    "dataset/pictures": "# A folder\nname: pictures\n_target_: toyparts.Data\nroot: ???  # folder of pictures\n",
     "backbone/toynet": "# Toy network\nname: toynet\n_target_: toyparts.Net\nweights: none\n"
     "layers: {late: a}\ninner:\n  crop: 3\n  mean: [0.1, 0.2, 0.3]\n",
     "method/blur": "# Blurs\nname: blur\n_target_: toyparts.Blur\nsigma: 2.0  # its width\nsteps: 10\nmode: fast\n",
@@ -174,7 +174,7 @@ REFUSED = {
     "metric=[aria]": "There is no metric 'aria'. Did you mean area?",
     "target=classe": "There is no target 'classe'. Did you mean classes",
     "experiment=nope": "There is no experiment 'nope'.",
-    "experiment=typo": "experiment/typo.yaml: There is no setting 'sead'. Did you mean seed?",
+    "experiment=typo": "experiment/typo.yaml: There is no setting 'sead'. Did you mean seed or shard?",
     "experiment=badname": "There is no method 'nope'.",
     "experiment=badtype": "experiment/badtype.yaml: seed: a whole number is expected.",
     "experiment=two": "method takes one name.",
@@ -211,7 +211,7 @@ REFUSED = {
     "metric.aria.step=1": "metric.aria",
     "metric.area=3": "metric.area describes no metric.",
     "metric=[wrong]": "which has no `__call__`: it cannot be a metric.",
-    "dataset=folder": "dataset.root is not set: give dataset.root=..., folder of pictures",
+    "dataset=pictures": "dataset.root is not set: give dataset.root=..., folder of pictures",
     "target=classes": "target.ids is not set: give target.ids=..., class numbers from 0 on",
     "target=classes target.ids=[a]": "target.ids[0]=a: a whole number is expected.",
     "target=classes target.ids=281": "target.ids=281: a list like [1,1] is expected.",
@@ -232,7 +232,7 @@ REFUSED = {
     "hydra.run.dir=/tmp/x": "ibxai sets Hydra up itself",
     "hydra.output_subdir=.hydra": "ibxai sets Hydra up itself",
     "hydra={run:{dir:x}}": "ibxai sets Hydra up itself",
-    "hydra/launcher=submitit_slurm": "There is no hydra/launcher 'submitit_slurm': is its Hydra plugin installed?",
+    "hydra/launcher=submitit_slurm": "is about sweeps: add -m.",
     # what cannot be read
     "seed": "'seed' is no setting: name=value is expected.",
     "=3": "a name is missing before the '='.",
@@ -376,11 +376,11 @@ def test_plan_holds_what_was_typed(run: Callable[..., int], plans: list[pipeline
         (["+method.steps=4", "method=sharpen"], lambda p: p.method.steps == 4),
         (["backbone.inner=null"], lambda p: p.backbone.inner is None),
         (["+backbone.layers.early=b"], lambda p: p.backbone.layers == {"late": "a", "early": "b"}),
-        (["dataset=folder", "dataset.root=/some/where"], lambda p: p.dataset.root == Path("/some/where")),
-        (["dataset=folder", "dataset.root=${oc.env:HOME}"], lambda p: p.dataset.root == Path(os.environ["HOME"])),
-        (["dataset=folder", 'dataset.root="~/x"'], lambda p: p.dataset.root == Path.home() / "x"),
+        (["dataset=pictures", "dataset.root=/some/where"], lambda p: p.dataset.root == Path("/some/where")),
+        (["dataset=pictures", "dataset.root=${oc.env:HOME}"], lambda p: p.dataset.root == Path(os.environ["HOME"])),
+        (["dataset=pictures", 'dataset.root="~/x"'], lambda p: p.dataset.root == Path.home() / "x"),
         (
-            ["dataset=folder", 'dataset.root="/dönnées, a=b#c (1)"'],
+            ["dataset=pictures", 'dataset.root="/dönnées, a=b#c (1)"'],
             lambda p: p.dataset.root == Path("/dönnées, a=b#c (1)"),
         ),
         (["method.steps=${oc.env:IBXAI_STEPS}"], lambda p: p.method.steps == 12),
@@ -526,7 +526,7 @@ def test_run_help_names_every_part_and_setting(config_dir: Path, capsys: pytest.
 
     assert main(["run", "--help", "--config-dir", str(config_dir)]) == 0
     text = capsys.readouterr().out
-    for name in ("blur", "toynet", "folder", "classes", "preset", "predicted*"):
+    for name in ("blur", "toynet", "pictures", "classes", "preset", "predicted*"):
         assert name in text
     for setting in RunConfig.__dataclass_fields__:
         assert f"  {setting}" in text

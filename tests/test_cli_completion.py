@@ -18,8 +18,8 @@ def complete(line: str) -> list[str]:
 
 
 def test_first_word() -> None:
-    assert complete("ibxai r") == ["run ", "report "]
-    assert complete("ibxai ")[:2] == ["run ", "report "]
+    assert complete("ibxai r") == ["run ", "report ", "reader-study "]
+    assert complete("ibxai ")[:3] == ["run ", "train ", "report "]
     assert complete("ibxai --v") == ["--version "]
 
 
@@ -39,8 +39,16 @@ def test_groups_options_and_keys() -> None:
     assert complete("ibxai run seed=1 lim") == ["limit="]
 
 
+def test_a_training_has_settings_of_its_own() -> None:
+    assert complete("ibxai train dataset=brix") == ["dataset=brixia"]
+    assert complete("ibxai train los") == ["loss="]
+    assert complete("ibxai train pati") == ["patience="]
+    assert complete("ibxai run pati") == []
+    assert complete("ibxai train --m") == ["--multirun "]
+
+
 def test_data_check_takes_a_dataset_alone() -> None:
-    assert complete("ibxai data ") == ["check "]
+    assert complete("ibxai data ") == ["check ", "clean ", "phantom "]
     assert complete("ibxai data check dataset=mos") == ["dataset=mosmed"]
     assert complete("ibxai data check met") == []
 

@@ -303,6 +303,7 @@ def test_the_yaml_has_every_field_with_its_default(name: str) -> None:
     values = OmegaConf.to_container(OmegaConf.create(entries()["dataset"][name].text))
     assert isinstance(values, dict)
     assert values.pop("_target_") == f"{cls.__module__}.{cls.__name__}"
+    assert values.pop("defaults"), "the network that is explained where none is chosen"
     assert values == {f.name: "???" if f.default is MISSING else f.default for f in fields(cls)}
 
 

@@ -122,8 +122,38 @@ def test_no_gradient_is_computed_in_front_of_the_layer() -> None:
     assert dict(passes) == {"head forward": 4, "tail forward": 4, "tail backward": 4}
 
 
+class Tokens(nn.Module):
+    """A class token and 4 x 4 patches; the outputs are linear in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 5, 8, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 5))
+        self.norm = nn.Identity()
+        self.fc = nn.Linear(17 * 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.repeat(x.shape[0], 1, 1), self.patches(x).flatten(2).transpose(1, 2)], 1)
+        return self.fc(self.norm(tokens).flatten(1))
+
+
+def test_tokens_are_laid_on_their_grid_without_the_class_token() -> None:
+    with fixed_seed(3):
+        network = Tokens()
+    backbone, pictures = freeze(network, (3, 32, 32)), noise_pictures(2)
+    found = GradCAM("norm", relu=False).fit(backbone, [], 0)(batch_of(pictures, [2, 1])).heatmap
+    for picture, target, heatmap in zip(pictures, [2, 1], found, strict=True):
+        weights = network.fc.weight[target].view(17, 5).detach().double().numpy()
+        patches = network.patches(picture[None])[0].detach().double().numpy()
+        cells = np.zeros((4, 4))
+        for k in range(5):
+            mean = sum(weights[1 + place, k] for place in range(16)) / 16
+            cells += mean * patches[k]
+        assert relative(heatmap, torch.from_numpy(bilinear(cells, 32, 32))) < 1e-5
+
+
 def test_layers_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"Grad-CAM needs a layer \[C, h, w\]; 'fc' of small gives \[5\]"):
+    with pytest.raises(UserError, match=r"needs a layer that lies on the picture, .*; 'fc' gives \[5\]"):
         GradCAM("fc").fit(small_backbone(), [], 0)
     with pytest.raises(UserError, match="no layer 'stage7'"):
         GradCAM("stage7").fit(small_backbone(), [], 0)

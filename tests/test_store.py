@@ -122,8 +122,9 @@ def test_what_begin_writes_is_read_again(tmp_path: Path) -> None:
     reasons = {"a": 'damaged, "cut" short\nsecond line', "é\udcff": "x"}
     store.write_skipped(reasons)
     assert again.skipped() == reasons
-    assert files_below(tmp_path) == [f"run/{n}" for n in sorted(("config.yaml", "provenance.json", "classes.json",
-                                                                 "samples.csv", "skipped.csv"))]  # fmt: skip
+    names = ["config.yaml", "provenance.json", "classes.json", "samples.csv", "skipped.csv"]
+    names += [f"skipped/{safe_name(sample)}.json" for sample in reasons]
+    assert files_below(tmp_path) == sorted(f"run/{name}" for name in names)
 
 
 def test_rows_keep_the_order_they_were_given_in(tmp_path: Path) -> None:
@@ -414,6 +415,9 @@ def test_a_page_is_the_last_word_only_when_it_was_written_last(tmp_path: Path) -
     store = begun(tmp_path / "run")
     assert not store.is_reported()
     store.write_text("report.html", "x")
+    assert not store.is_reported(), "it was stopped"
+    store.write_provenance({"finished": "today"})
+    store.write_text("report.html", "x")
     now = time.time()
     os.utime(tmp_path / "run/provenance.json", (now - 10, now - 10))
     assert store.is_reported()
@@ -421,13 +425,50 @@ def test_a_page_is_the_last_word_only_when_it_was_written_last(tmp_path: Path) -
     assert not store.is_reported()
 
 
-def test_notes_of_earlier_runs(tmp_path: Path) -> None:
+def test_sessions_are_read_in_the_order_of_their_start_without_damaged_ones(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    assert store.notes() == []
-    store.write_provenance({"notes": ["pooled"]})
-    assert store.notes() == ["pooled"]
-    (tmp_path / "provenance.json").write_text("{")
-    assert store.notes() == []
+    assert store.sessions() == []
+    told = {"command": "ibxai run", "device": "cpu", "notes": ["pooled"], "started": "1"}
+    store.write_session("2", {**told, "started": "2"})
+    store.write_session("1", told)
+    (tmp_path / "sessions" / "0.json").write_text("{")
+    (tmp_path / "sessions" / "3.json").write_text("[1]")
+    (tmp_path / "sessions" / "4.json").write_text("{}")
+    assert store.sessions() == [told, {**told, "started": "2"}]
+
+
+def test_skipped_samples_of_two_processes_are_put_together_in_the_order_of_the_dataset(tmp_path: Path) -> None:
+    one, other = begun(tmp_path, rows("a", "b", "c")), RunStore(tmp_path)
+    one.write_skipped({"c": "x"}, tried=["a", "c"])
+    other.write_skipped({"b": "y"}, tried=["b"])
+    assert list(one.skipped().items()) == [("b", "y"), ("c", "x")]
+    assert (tmp_path / "skipped.csv").read_text() == "sample,reason\nb,y\nc,x\n"
+    one.write_skipped({}, tried=["a", "c"])
+    assert one.skipped() == {"b": "y"}, "c is well again"
+    assert (tmp_path / "skipped.csv").read_text() == "sample,reason\nb,y\n"
+
+
+def test_a_heatmap_that_was_cut_short_is_not_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where nobody would read it: its scores are all there."""
+    store = RunStore(tmp_path)
+    for row_id in ("a", "b", "c"):
+        store.write_heatmap(heatmap(row_id))
+    for name, kept in (("a", 600), ("b", 5)):
+        path = tmp_path / "heatmaps" / f"{name}.npz"
+        path.write_bytes(path.read_bytes()[:kept])
+    with caplog.at_level(logging.WARNING, "ibxai"):
+        assert store.finished(["a", "b", "c", "d"]) == {"c"}
+    assert "a.npz" in caplog.text
+    assert "b.npz" in caplog.text
+
+
+def test_discard_leaves_a_folder_in_which_another_process_has_begun(tmp_path: Path) -> None:
+    told = {"command": "ibxai run", "device": "cpu", "notes": [], "started": "1"}
+    one, other = begun(tmp_path / "run"), begun(tmp_path / "run")
+    one.write_session("1", told)
+    other.write_session("2", told)
+    one.discard()
+    assert other.rows(), "its table is still there"
 
 
 def test_find_runs(tmp_path: Path) -> None:

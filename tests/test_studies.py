@@ -16,7 +16,7 @@ import torchvision
 import yaml
 from networks import ROLES, fixed_seed, noise_pictures, small_net
 from PIL import Image
-from test_training import TINY, Blocks
+from test_training import TINY, Blocks, trained_weights
 from torch import Tensor, nn
 
 from ibxai.backbones import Backbone, freeze
@@ -397,7 +397,8 @@ def test_cells_belong_to_settings_and_samples() -> None:
 
 @pytest.fixture(scope="module")
 def blocks_network(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return TINY.trained(Blocks(train=96), tmp_path_factory.mktemp("weights"), "cpu", 0).network()
+    weights = trained_weights(Blocks(train=96), tmp_path_factory.mktemp("weights"))
+    return replace(TINY, weights=str(weights)).network()
 
 
 def test_label_randomization(tmp_path: Path, blocks_network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,22 +13,23 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from networks import fixed_seed, noise_pictures, relative
+from networks import batch_of, fixed_seed, noise_pictures, relative
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ibxai.backbones import Backbone
-from ibxai.backbones.zoo import Zoo
+from ibxai.backbones.zoo import Zoo, load_with_new_head, stage_roles
 from ibxai.catalogue import entries
 from ibxai.config import build
 from ibxai.datasets.imagenet_classes import class_names
 from ibxai.datasets.sample import SampleDataset
 from ibxai.errors import UserError
+from ibxai.methods import GradCAM
 from ibxai.preprocessing import Preprocessing
 
 ROLES = ("gradcam", "bottleneck", "early", "mid", "late")  # that methods ask for
 
-NAMES = [name for name, entry in entries()["backbone"].items() if "zoo.Zoo" in entry.text]
+NAMES = [name for name, entry in entries()["backbone"].items() if "zoo.Zoo" in entry.text and name != "timm"]
 PREPARED = Preprocessing(resize=64, crop=64)
 
 
@@ -382,14 +383,14 @@ def slim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models, "get_model", slimmed)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "vit"])
 def test_every_backbones_yaml_has_the_layers_it_names(name: str, slim: None) -> None:
     zoo = zoo_of(name, weights="none", allow_random=True)
     assert zoo.name == name
     assert zoo.classes == 1000
     assert set(zoo.layers) == set(ROLES)
     stated = zoo.preprocessing or zoo._stated_preprocessing()
-    assert stated.crop == 224
+    assert stated.crop == {"efficientnet_lite1": 240, "efficientnet_lite2": 260}.get(name, 224)
     assert zoo._tags()
     small = {"resize": 64, "crop": 64}  # the layers are there at any size, and the classifier is what takes long
     backbone = zoo_of(name, weights="none", allow_random=True, classes=3, preprocessing=small).load(4)
@@ -405,6 +406,48 @@ def test_every_backbones_yaml_has_the_layers_it_names(name: str, slim: None) -> 
     for role in ROLES:
         head, tail = backbone.split(role)
         torch.testing.assert_close(tail(head(pictures)), backbone(pictures), rtol=1e-4, atol=1e-5)
+
+
+def test_a_vision_transformer_is_cut_at_its_tokens() -> None:
+    zoo = zoo_of("vit", weights="none", allow_random=True, classes=3, architecture="vit_tiny_patch16_224")
+    backbone, pictures = zoo.load(4), noise_pictures(2, (3, 224, 224))
+    for role in ROLES:
+        assert backbone.layers[backbone.layer(role)] == (1 + 14 * 14, 192)
+    head, tail = backbone.split("gradcam")
+    torch.testing.assert_close(tail(head(pictures)), backbone(pictures), rtol=1e-4, atol=1e-5)
+    heatmap = GradCAM(relu=False).fit(backbone, [], 0)(batch_of(pictures, [0, 1])).heatmap
+    assert heatmap.shape == (2, 224, 224)
+    assert (heatmap.flatten(1).std(1) > 0).all()  # behind the last attention it would be zero
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("resnet18", ["layer1", "layer2", "layer3", "layer3", "layer4"]),
+        ("vit_tiny_patch16_224", ["blocks.2", "blocks.5", "blocks.8", "blocks.5", "blocks.10"]),
+    ],
+)
+def test_layers_of_any_network_of_timms(name: str, roles: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    found = stage_roles(timm.create_model(name, num_classes=2), name)
+    assert [found[role] for role in ("early", "mid", "late", "bottleneck", "gradcam")] == roles
+    assert f"layers of {name}" in caplog.text
+    with pytest.raises(UserError, match="does not name its stages"):
+        stage_roles(nn.Linear(1, 1), "plain")
+
+
+def test_a_new_last_layer_is_said_and_the_rest_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with fixed_seed(1):
+        state = torchvision.models.resnet18(num_classes=7).state_dict()
+    with fixed_seed(2):
+        network = torchvision.models.resnet18(num_classes=4)
+    fresh = network.fc.weight.clone()
+    with caplog.at_level(logging.INFO):
+        load_with_new_head(network, state, "file.pt")
+    assert "new last layer fc: 4 outputs in place of the 7 of file.pt" in caplog.text
+    assert torch.equal(network.fc.weight, fresh)
+    assert torch.equal(network.conv1.weight, state["conv1.weight"])
+    with pytest.raises(UserError, match="do not fit"):
+        load_with_new_head(torchvision.models.resnet34(num_classes=4), state, "file.pt")
 
 
 @pytest.mark.parametrize("name", NAMES)

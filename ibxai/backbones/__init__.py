@@ -1,5 +1,6 @@
 """Frozen networks with named layers."""
 
 from ibxai.backbones.backbone import Backbone, Features, Split, freeze
+from ibxai.backbones.text import TextBackbone
 
-__all__ = ["Backbone", "Features", "Split", "freeze"]
+__all__ = ["Backbone", "Features", "Split", "TextBackbone", "freeze"]

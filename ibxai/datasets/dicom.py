@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 500_000_000
 NEEDS = "Reading DICOM needs pydicom and pylibjpeg, which are not installed: pip install 'ibxai[medical]'"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -66,6 +67,7 @@ def read_grey(path: Path) -> Grey:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that break the standard in ways that do not matter here
+            _check_syntax(path)
             header = pydicom.dcmread(path, stop_before_pixels=True)
             _check_header(header)
             return _grey(pydicom.dcmread(path))
@@ -80,6 +82,14 @@ def read_grey(path: Path) -> Grey:
                 f"compressed, and its decoder is not installed: pip install 'ibxai[medical]' ({text[:120]})"
             ) from error
         raise BadSample(f"damaged or cut short: {text[:200] or type(error).__name__}") from error
+
+
+def _check_syntax(path: Path) -> None:
+    """In one syntax all of the file is deflated, its header too: a megabyte may unpack to gigabytes before any look."""
+    import pydicom
+
+    if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
+        raise BadSample("deflated as a whole, which is not read: its size is known only when it is unpacked")
 
 
 def _check_header(header: FileDataset) -> None:
@@ -103,6 +113,8 @@ def _grey(file: FileDataset) -> Grey:
     slope, intercept = float(file.get("RescaleSlope", 1) or 1), float(file.get("RescaleIntercept", 0) or 0)
     values = stored.astype(np.float32) * slope + intercept
     shown = _windowed(file, values, padding)
+    if not np.isfinite(shown).all():
+        raise BadSample("its rescale or its window makes values that are not finite (NaN or infinity)")
     if file.PhotometricInterpretation == "MONOCHROME1":
         shown = 1 - shown
     return Grey(values, padding, np.where(padding, 0, shown).astype(np.float32))

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset as TorchDataset
 from ibxai.errors import BadSample
 from ibxai.preprocessing import Preprocessing
 from ibxai.targets import PREDICTED, Predicted, TargetSpec
-from ibxai.types import Batch, Dataset, Sample
+from ibxai.tokenisation import PAD_ID, Tokenisation
+from ibxai.types import Batch, Dataset, Sample, Text
 
 Work = Sequence[tuple[Sample, tuple[int, ...]]]
 # Decoded pictures that wait for the consumer, a worker: enough to even out large and small files.
@@ -32,22 +33,24 @@ PREFETCH = 4
 class Loaded:
     """A batch, and what was met on the way to it.
 
-    batch: None only in a last one, when bad samples came after the last good one.
+    batch: None only in a last one, when bad samples came after the last good one. Of texts its inputs are token
+    numbers still: `backbone.embed` makes them what a network takes.
     row_ids: "<sample>@<target>", one a row. labels: the dataset's class of each row, None where it gives none.
-    skipped: sample id -> reason, of the bad samples met since the batch before.
+    skipped: sample id -> reason, of the bad samples met since the batch before. texts: of each row, where it is one.
     """
 
     batch: Batch | None
     row_ids: tuple[str, ...] = ()
     labels: tuple[int | None, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[Text, ...] = ()
 
 
 def load_batches(
     dataset: Dataset,
     work: Work,
     target_spec: TargetSpec,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | Tokenisation,
     batch_size: int,
     workers: int,
 ) -> Iterator[Loaded]:
@@ -88,7 +91,7 @@ class ReferenceBatches:
     """
 
     dataset: Dataset
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Tokenisation
     batch_size: int
     workers: int
     cache: Path | None = None
@@ -108,7 +111,11 @@ class ReferenceBatches:
 
 
 def reference_batches(
-    dataset: Dataset, preprocessing: Preprocessing, batch_size: int, workers: int, cache: Path | None = None
+    dataset: Dataset,
+    preprocessing: Preprocessing | Tokenisation,
+    batch_size: int,
+    workers: int,
+    cache: Path | None = None,
 ) -> ReferenceBatches:
     """Batches of `dataset.reference()` for `Method.fit`. Bad samples are left out; their reasons are in `.skipped`."""
     return ReferenceBatches(dataset, preprocessing, batch_size, workers, cache)
@@ -133,6 +140,7 @@ class _Item:
     inputs: np.ndarray
     regions: Mapping[str, np.ndarray]
     classes: np.ndarray
+    text: Text | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ class _Decoder(TorchDataset):
     dataset: Dataset
     work: Work
     target_spec: TargetSpec
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Tokenisation
 
     def __len__(self) -> int:
         return len(self.work)
@@ -172,12 +180,14 @@ class _Decoder(TorchDataset):
         sample, _ = self.work[index]
         try:
             classes = self.target_spec.make(sample)
-            inputs, regions = self.preprocessing(self.dataset.read(sample))
+            content = self.dataset.read(sample)
+            inputs, regions = self.preprocessing(content)  # type: ignore[arg-type]  # a run refuses what does not fit
         except BadSample as error:
             return str(error)
         except Exception as error:  # one picture that nobody foresaw must not end a run of 50,000
             return f"unexpected {type(error).__name__}: {error}"
-        return _Item(inputs.numpy(), {name: planes.numpy() for name, planes in regions.items()}, classes.numpy())
+        planes = {name: region.numpy() for name, region in regions.items()}
+        return _Item(inputs.numpy(), planes, classes.numpy(), content if isinstance(content, Text) else None)
 
 
 def _decoded(decoder: _Decoder, workers: int) -> Iterator[_Item | str]:
@@ -217,17 +227,29 @@ def _as_it_is(item: Any) -> Any:
 def _loaded(rows: Sequence[_Row], target_spec: TargetSpec, skipped: Mapping[str, str]) -> Loaded:
     if not rows:
         return Loaded(None, skipped=skipped)
+    texts = tuple(row.item.text for row in rows if row.item.text is not None)
+    items = [row.item.inputs for row in rows]
+    inputs, valid = _padded(items) if texts else (torch.from_numpy(np.stack(items)), None)
     batch = Batch(
-        inputs=torch.from_numpy(np.stack([row.item.inputs for row in rows])),
+        inputs=inputs,
         target=target_spec.of_rows(
             torch.tensor([row.target_class for row in rows]), torch.tensor([row.value for row in rows])
         ),
         sample_ids=tuple(row.sample.sample_id for row in rows),
         group_ids=tuple(row.sample.group_id for row in rows),
         regions=_regions([row.regions for row in rows]),
+        tokens=inputs if texts else None,
+        valid=valid,
     )
     row_ids = tuple(f"{row.sample.sample_id}@{row.target_name}" for row in rows)
-    return Loaded(batch, row_ids, tuple(row.sample.label for row in rows), skipped)
+    return Loaded(batch, row_ids, tuple(row.sample.label for row in rows), skipped, texts)
+
+
+def _padded(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(token numbers, long [B, T], whether there is one, bool [B, T]) of texts of different lengths."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text) for text in texts], True, PAD_ID)
+    lengths = torch.tensor([len(text) for text in texts])
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
 def _regions(of_rows: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, Tensor]:

@@ -98,6 +98,11 @@ class MosMed(SplitDataset):
         image = Image.fromarray(np.rint(shown * 255).astype(np.uint8)).convert("RGB")
         return Picture(image, {name: plane for name, plane in regions.items() if plane.any()})
 
+    def grades(self) -> Mapping[str, int]:
+        """Study -> its category, 0 (healthy) to 4 (critical), of both splits."""
+        found = (*self.in_split("train"), *self.in_split("test"))
+        return {sample.group_id: CATEGORIES.index(sample.source.parent.name) for sample in found}
+
     def annotations(self) -> str:
         """A digest of the lesion masks, and of how the lungs are found; 64 hex digits."""
         hasher = hashlib.sha256(self.lungs.encode())

@@ -9,6 +9,7 @@ allocated.
 from __future__ import annotations
 
 import functools
+import gzip
 import math
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ from ibxai.datasets.pictures import check_file
 from ibxai.errors import BadSample, UserError
 
 MAX_VOXELS = 200_000_000  # three times the largest chest CT of MosMed; 0.8 GB as float32
+MAX_HEADER = 16_000_000  # bytes before the voxels; extensions hold at most a study's DICOM header
 ENDINGS = (".nii.gz", ".nii")
 _KEPT = 2  # the slices of a study come one after the other: their volume is unpacked once
 
@@ -46,9 +48,12 @@ def read_volume(path: Path) -> np.ndarray:
     """
     import nibabel
 
-    image = _header(path)
+    kind = type(_header(path))
     try:
-        values = np.asarray(nibabel.as_closest_canonical(image).dataobj, dtype=np.float32)
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            image = nibabel.as_closest_canonical(kind.from_stream(file))
+            values = np.asarray(image.dataobj, dtype=np.float32)
+            file.read(1)  # only at its end does gzip compare its checksum
     except (OSError, ValueError, EOFError, zlib.error) as error:
         text = " ".join(str(error).split())
         raise BadSample(f"damaged or cut short: {text or type(error).__name__}") from error
@@ -65,6 +70,7 @@ def _header(path: Path) -> Any:
     check_file(path)
     try:
         with nibabel.imageglobals.LoggingOutputSuppressor():  # of headers that break the standard without harm
+            _check_before_the_voxels(path)
             image: Any = nibabel.load(path)
         shape, kind = image.shape, image.get_data_dtype()
     except Exception as error:  # a damaged header surfaces as whatever its reader stumbles on
@@ -76,7 +82,37 @@ def _header(path: Path) -> Any:
         raise BadSample(f"{' x '.join(map(str, shape))} voxels: 1 to {MAX_VOXELS:,} are read")
     if kind.kind not in "iuf":
         raise BadSample(f"its voxels are {kind}: real numbers are expected")
+    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
+        raise BadSample("its affine does not say which way its axes run")
     return image
+
+
+class _Bounded:
+    """A file of which only so much is read: a header's extensions may claim gigabytes, and gzip may give them."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self._file, self._left = file, left
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise ValueError("its header claims more than is read of one")
+        content: bytes = self._file.read(size)
+        return content
+
+
+def _check_before_the_voxels(path: Path) -> None:
+    """Raises ValueError when the header and what follows it are larger than any header is."""
+    import nibabel
+
+    with nibabel.openers.Opener(str(path)) as file:
+        is_second = file.read(4) in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: 540 bytes, in either order
+        file.seek(0)
+        kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
+        header = kind.from_fileobj(_Bounded(file, MAX_HEADER))
+    if header.get_data_offset() > MAX_HEADER:
+        raise ValueError("its header claims more than is read of one")
 
 
 def _axis_to_the_head(image: Any) -> int:

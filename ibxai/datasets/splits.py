@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ibxai.errors import UserError
-from ibxai.types import Picture, Sample
+from ibxai.types import Picture, Sample, Text
 
 log = logging.getLogger(__name__)
 
 SplitName = Literal["train", "test"]
+PHANTOM = "phantom.json"  # marks a folder that `ibxai data phantom` has written
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SplitDataset(ABC):
 
     title: ClassVar[str]
     how_to_get: ClassVar[str]
+    is_phantom: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.reference_size < 1:
@@ -57,7 +59,7 @@ class SplitDataset(ABC):
     def class_names(self) -> Sequence[str]: ...
 
     @abstractmethod
-    def read(self, sample: Sample) -> Picture: ...
+    def read(self, sample: Sample) -> Picture | Text: ...
 
     @abstractmethod
     def _look(self, root: Path) -> Found:
@@ -98,10 +100,22 @@ class SplitDataset(ABC):
         if not self.folder.is_dir():
             what = "is a file, not a folder" if self.folder.exists() else "does not exist"
             raise self.missing(f"dataset.root={self.root} {what}")
+        self._check_real()
         found = self._look(self.folder)
         _check_apart(self.title, found)
         log.info("%s: %s", self.title, "; ".join(f"{what} {count}" for what, count in found.facts))
         return found
+
+    def _check_real(self) -> None:
+        """Phantoms are read as phantoms, and nothing else is."""
+        made = any((place / PHANTOM).is_file() for place in (self.folder, self.folder.parent))
+        if made and not self.is_phantom:
+            raise UserError(
+                f"{self.title}: {self.root} holds phantoms, which are no real data.\n"
+                "Read them as what they are: dataset=phantom_ct or dataset=phantom_cxr."
+            )
+        if self.is_phantom and not made:
+            raise self.missing(f"there is no {PHANTOM} in {self.root}: it holds no phantoms")
 
     @cached_property
     def _reference(self) -> Sequence[Sample]:

@@ -9,7 +9,7 @@ ICLR 2020; CheXplain Eqs. 1-4). Both shares are computed from a sigmoid of their
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from ibxai.backbones import Features, Split
 from ibxai.draws import normal, sample_keys
 from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics
 from ibxai.types import Batch, Target
+
+_MOST_TOKENS = 1 << 20  # of a text: numbers apart the noise of its tokens from that of the next step
 
 
 def gaussian_kl(
@@ -71,6 +73,11 @@ class Smoothing:
         return cut / cut.sum()
 
 
+def over_tokens(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Values [B, ...] with 0 in the padding of texts [B, T, D]; those of pictures as they are."""
+    return values if valid is None else values * valid.unsqueeze(2)
+
+
 def bits_per_pixel(nats: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, H, W] bits a pixel from nats [B, C, h, w]: summed over channels, spread over the picture's pixels.
 
@@ -112,8 +119,9 @@ class Bottleneck:
     """A mask over one layer's features, a picture each, found through the network's tail.
 
     split: the network cut behind the layer. purpose: names the noise draws. price: weight of a nat against the
-    target's loss. inverse: lambda blocks instead of letting pass (CheXplain Eq. 5); the information counts lambda as
-    the share of signal in either case. loss: of the target's outputs, one a row. most_rows: network rows at once.
+    target's loss; of texts it is divided by the number of tokens, which each has of its own. inverse: lambda blocks
+    instead of letting pass (CheXplain Eq. 5); the information counts lambda as the share of signal in either case.
+    loss: of the target's outputs, one a row. most_rows: network rows at once.
     """
 
     split: Split
@@ -131,7 +139,7 @@ class Bottleneck:
         """Optimise the masks of all pictures of a batch together; none feels another. prior: see `gaussian_kl`."""
         search = self.search
         with torch.no_grad():
-            features = self.split.head(batch.inputs)
+            features = self.split.head(batch.inputs, batch.valid)
         keys = sample_keys(self.seed, batch.sample_ids, f"bottleneck {self.purpose}", batch.inputs.device)
         alpha = torch.full_like(features.values, search.initial_alpha).requires_grad_()
         optimiser = torch.optim.Adam([alpha], lr=search.learning_rate)
@@ -143,13 +151,13 @@ class Bottleneck:
             losses.append(loss)
             nats.append(spent)
         with torch.no_grad():
-            information = gaussian_kl(features.values, self.smoothed(torch.sigmoid(-alpha)), self.statistics, prior)
+            information = self._information(batch, features, self.smoothed(torch.sigmoid(-alpha)), prior)
         return Mask(features.values, alpha.detach(), information, torch.stack(losses, 1), torch.stack(nats, 1))
 
     def smoothed(self, share: Tensor) -> Tensor:
-        """A share in the layer's shape [B, ...], smoothed over the plane."""
+        """A share in the layer's shape [B, ...], smoothed over the plane; neighbours in a text are no neighbours."""
         smooth = Smoothing(self.search.smoothing, share.device)
-        if smooth.radius == 0:
+        if smooth.radius == 0 or self.grid.kind == "text":
             return share
         return self.grid.from_map(smooth(self.grid.to_map(share)), share)
 
@@ -159,9 +167,15 @@ class Bottleneck:
         clean = torch.lerp(features, self.statistics.mean.expand_as(features), noise_share)
         return clean * active, noise_share * (self.statistics.std * active)
 
-    def map_of(self, mask: Mask, size: tuple[int, int]) -> Tensor:
-        """[B, H, W] bits a pixel."""
-        return bits_per_pixel(self.grid.to_map(mask.information), size)
+    def map_of(self, mask: Mask, size: Sequence[int]) -> Tensor:
+        """[B, *size], bits a pixel or a token."""
+        if self.grid.kind == "text":
+            return mask.information.sum(2) / math.log(2)
+        return bits_per_pixel(self.grid.to_map(mask.information), (size[0], size[1]))
+
+    def _information(self, batch: Batch, features: Features, blocked: Tensor, prior: Tensor | None) -> Tensor:
+        """Nats, in the layer's shape [B, ...]."""
+        return over_tokens(gaussian_kl(features.values, blocked, self.statistics, prior), batch.valid)
 
     def _backward(
         self, batch: Batch, features: Features, prior: Tensor | None, alpha: Tensor, keys: Tensor, step: int
@@ -172,7 +186,7 @@ class Bottleneck:
         their gradients at these two; alpha gets them in one go. Losses are summed over samples.
         """
         blocked = self.smoothed(torch.sigmoid(-alpha))
-        information = gaussian_kl(features.values, blocked, self.statistics, prior)
+        information = self._information(batch, features, blocked, prior)
         noise_share = self.smoothed(torch.sigmoid(alpha)) if self.inverse else blocked
         clean, scale = self.parts(features.values, noise_share)
         leaves = [clean.detach().requires_grad_(), scale.detach().requires_grad_()]
@@ -181,7 +195,8 @@ class Bottleneck:
         for rows in torch.arange(len(batch), device=clean.device).split(max(1, most // draws)):
             for some in torch.arange(draws, device=clean.device).split(most):
                 sample = rows.repeat_interleave(len(some))
-                noise = feature_noise(keys[sample], step * draws + some.repeat(len(rows)), clean.shape[1:])
+                number = step * draws + some.repeat(len(rows))
+                noise = feature_noise(keys[sample], number, clean.shape[1:], batch.valid is not None)
                 mean, spread = (leaf[rows[0] : rows[-1] + 1, None] for leaf in leaves)
                 noised = torch.addcmul(mean, spread, noise.unflatten(0, (len(rows), len(some)))).flatten(0, 1)
                 losses = (
@@ -189,13 +204,20 @@ class Bottleneck:
                 )
                 losses.sum().backward()
                 loss[rows] += losses.detach().view(len(rows), len(some)).sum(1)
-        spent = self.price * information.sum()
+        tokens = 1 if batch.valid is None else batch.valid.sum(1)
+        spent = (self.price * information.flatten(1).sum(1) / tokens).sum()
         torch.autograd.backward([clean, scale, spent], [leaves[0].grad, leaves[1].grad, None])
         return loss, information.detach().flatten(1).sum(1)
 
 
-def feature_noise(keys: Tensor, steps: Tensor, shape: torch.Size) -> Tensor:
-    """Standard normal [len(keys), *shape]; of maps the channels are innermost in memory, as convolutions want them."""
+def feature_noise(keys: Tensor, steps: Tensor, shape: torch.Size, of_text: bool = False) -> Tensor:
+    """Standard normal [len(keys), *shape]; of maps the channels are innermost in memory, as convolutions want them.
+
+    Of texts [T, D] it is drawn token by token, so that a text's noise does not depend on its padding.
+    """
+    if of_text:
+        places = steps[:, None] * _MOST_TOKENS + torch.arange(shape[0], device=steps.device)
+        return normal(keys.repeat_interleave(shape[0]), places.flatten(), shape[1:]).view(len(keys), *shape)
     if len(shape) != 3:
         return normal(keys, steps, shape)
     channels, height, width = shape

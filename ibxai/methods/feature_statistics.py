@@ -26,13 +26,23 @@ class FeatureGrid:
     """How a layer's output [...] of one picture lies on the picture's plane.
 
     kind: "map" [C, h, w], "channels last" [h, w, C] (Swin), or "tokens" [N, D] (ViT): `prefix` tokens that belong to
-    no place (class, registers), then the patches row by row.
+    no place (class, registers), then the patches row by row. "text" [T, D] has no plane, and a T of each text's own.
     """
 
     kind: str
     height: int
     width: int
     prefix: int = 0
+
+    @classmethod
+    def at(cls, backbone: Backbone, layer: str) -> FeatureGrid:
+        """Of a layer (name, role or INPUT). Raises UserError when it does not exist or has no place for each value."""
+        shape = shape_of(backbone, layer)
+        if backbone.modality != "text":
+            return cls.of(shape, layer)
+        if len(shape) == 2:
+            return cls("text", 1, shape[0])
+        raise UserError(f"A bottleneck on texts needs a layer with features a token; '{layer}' gives {list(shape)}.")
 
     @classmethod
     def of(cls, shape: Sequence[int], layer: str) -> FeatureGrid:
@@ -46,7 +56,7 @@ class FeatureGrid:
             if side > 1 and shape[0] - side**2 <= _MOST_PREFIX_TOKENS:
                 return cls("tokens", side, side, shape[0] - side**2)
         raise UserError(
-            f"A bottleneck needs a layer that lies on the picture, [C, h, w] or square tokens [N, D]; "
+            f"The method needs a layer that lies on the picture, [C, h, w] or square tokens [N, D]; "
             f"'{layer}' gives {list(shape)}."
         )
 
@@ -72,12 +82,17 @@ class FeatureGrid:
         return values
 
 
+def shape_of(backbone: Backbone, layer: str) -> tuple[int, ...]:
+    """Of one sample at a layer (name, role or INPUT), without the batch."""
+    return backbone.input_shape if layer == INPUT else backbone.layers[backbone.layer(layer)]
+
+
 @dataclass(frozen=True)
 class FeatureStatistics:
     """Of a layer's output, over a reference split; broadcastable to one picture's features.
 
-    mean, std: a neuron each, or a channel each when `pooled`. active: False for neurons that are (almost) never
-    different from zero. count: reference pictures they come from.
+    mean, std: a neuron each, or a channel each when `pooled`; of texts a feature each, the same at all tokens. active:
+    False for neurons that are (almost) never different from zero. count: reference pictures, or tokens, behind them.
     """
 
     mean: Tensor
@@ -89,7 +104,7 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Exact sums over pictures, a neuron each, float64: mean, mean squared deviation, share of non-zeros."""
+    """Exact sums over pictures or tokens, a neuron each, float64: mean, mean squared deviation, share of non-zeros."""
 
     mean: Tensor
     variance: Tensor
@@ -115,9 +130,7 @@ def estimate_statistics(
     A reference with a `cache` folder and a `digest` (the pipeline's) keeps the moments there, by content: network,
     layer, preprocessing and pictures.
     """
-    shapes = {name: backbone.layers[backbone.layer(name)] for name in layers if name != INPUT}
-    shapes[INPUT] = backbone.preprocessing.input_shape
-    grids = {name: FeatureGrid.of(shapes[name], name) for name in layers}  # before the reference is gone through
+    grids = {name: FeatureGrid.at(backbone, name) for name in layers}  # before the reference is gone through
     moments = _cached(backbone, layers, reference)
     missing = [layer for layer in layers if layer not in moments]
     if missing:
@@ -126,7 +139,7 @@ def estimate_statistics(
         moments |= found
     statistics = {}
     for layer in layers:
-        enough = moments[layer].count >= min_reference and layer != INPUT
+        enough = grids[layer].kind == "text" or (moments[layer].count >= min_reference and layer != INPUT)
         statistics[layer] = _settled(moments[layer], grids[layer], backbone.device, not enough, min_std, active_share)
     return statistics
 
@@ -138,12 +151,13 @@ def _stream(backbone: Backbone, layers: Sequence[str], reference: Iterable[Batch
     for batch in reference:
         if not len(batch):
             continue
-        inputs = batch.inputs.to(backbone.device)
+        batch = backbone.embed(batch.to(backbone.device))
         with torch.no_grad():
-            features = backbone.features(inputs, inside) if inside else {}
-        features[INPUT] = inputs
+            features = backbone.features(batch.inputs, inside, batch.valid) if inside else {}
+        features[INPUT] = batch.inputs
         for layer in layers:
-            values = features[layer].double().cpu()
+            # of texts each token counts, and the padding does not
+            values = (features[layer] if batch.valid is None else features[layer][batch.valid]).double().cpu()
             mean = values.mean(0)
             new = _Moments(mean, ((values - mean) ** 2).mean(0), (values != 0).double().mean(0), len(values))
             moments[layer] = _merged(moments[layer], new) if layer in moments else new

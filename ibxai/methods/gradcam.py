@@ -3,7 +3,9 @@
     L = ReLU(sum_k a_k A^k),   a_k = mean over positions of d score / d A^k      (Selvaraju et al., ICCV 2017, Eqs. 1-2)
 
 Differently from common implementations the map is not scaled to 0..1, and nothing but the network's tail is run for
-the gradient.
+the gradient. Tokens of a vision transformer are laid on its grid of patches, those of no place (class, registers) left
+out. Where such a network reads its class token alone, the patches behind the last attention have no say, and their map
+is zero: the layer has to stand before it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibxai.backbones import Backbone
-from ibxai.errors import UserError
+from ibxai.methods.feature_statistics import FeatureGrid
 from ibxai.types import Attribution, Attributor, Batch
 
 
 @dataclass(frozen=True)
 class GradCAM:
-    """layer: a layer's name or role, its output [C, h, w]. relu: cut negative evidence off, as the paper does."""
+    """layer: a layer's name or role, its output [C, h, w], [h, w, C] or square tokens [N, D].
+    relu: cut negative evidence off, as the paper does.
+    """
 
     layer: str = "gradcam"
     relu: bool = True
@@ -35,9 +39,7 @@ class GradCAM:
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Nothing is estimated. Raises UserError when the layer does not exist or has no spatial map."""
-        shape = backbone.layers[backbone.layer(self.layer)]
-        if len(shape) != 3:
-            raise UserError(f"Grad-CAM needs a layer [C, h, w]; '{self.layer}' of {backbone.name} gives {list(shape)}.")
+        grid = FeatureGrid.of(backbone.layers[backbone.layer(self.layer)], self.layer)
         head, tail = backbone.split(self.layer)
 
         def attribute(batch: Batch) -> Attribution:
@@ -48,7 +50,8 @@ class GradCAM:
             score = batch.target.score(tail(features.replaced(values, every)), "logit")
             (gradient,) = torch.autograd.grad(score.sum(), values)
             with torch.no_grad():
-                cam = (gradient.mean((2, 3), keepdim=True) * values).sum(1, keepdim=True)
+                weights = grid.to_map(gradient).mean((2, 3), keepdim=True)
+                cam = (weights * grid.to_map(values)).sum(1, keepdim=True)
                 cam = cam.relu() if self.relu else cam
                 size = batch.inputs.shape[-2:]
                 heatmap = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]

@@ -5,7 +5,8 @@
 
 S is the target's score. A map has one value a pixel and a gradient one a colour: `over_channels` says how they become
 one. Simonyan et al. take the largest magnitude over the colours, which loses the sign; the sum keeps it, and with
-gradient x input it is the pixel's share of the score. x is in normalised units, so 0 is the mean colour.
+gradient x input it is the pixel's share of the score. x is in normalised units, so 0 is the mean colour. Of texts x is
+the embedding, and its numbers are what the colours are to a pixel.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Gradient:
 
     version: ClassVar[int] = 1
     uses_reference: ClassVar[bool] = False
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
     times_input: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class Gradient:
         def attribute(batch: Batch) -> Attribution:
             gradient, score = input_gradient(backbone, batch, self.score, backbone.max_passes)
             values = gradient * batch.inputs if self.times_input else gradient
-            return Attribution(over_channels(values, self.channels), "score", {"score": score})
+            return Attribution(over_channels(values, self.channels, batch.channels), "score", {"score": score})
 
         return attribute
 
@@ -62,23 +64,24 @@ class GradientXInput(Gradient):
     times_input: ClassVar[bool] = True
 
 
-def input_gradient(
-    network: Callable[[Tensor], Tensor], batch: Batch, score: ScoreKind, most: int
-) -> tuple[Tensor, Tensor]:
-    """(d score / d inputs [B, C, H, W], score [B]), at most `most` rows at once, in any grad mode of the caller."""
+def input_gradient(network: Callable[..., Tensor], batch: Batch, score: ScoreKind, most: int) -> tuple[Tensor, Tensor]:
+    """(d score / d inputs, in their shape, score [B]), at most `most` rows at once, in any grad mode of the caller."""
     gradients, scores = [], []
     for rows in torch.arange(len(batch), device=batch.inputs.device).split(most):
         with torch.enable_grad():
             values = batch.inputs[rows].detach().requires_grad_()
-            of_rows = batch.target.take(rows).score(network(values), score)
+            of_rows = batch.scores(network, values, rows, score)
             (gradient,) = torch.autograd.grad(of_rows.sum(), values)
         gradients.append(gradient)
         scores.append(of_rows.detach())
     return torch.cat(gradients), torch.cat(scores)
 
 
-def over_channels(values: Tensor, channels: Channels) -> Tensor:
-    """[B, H, W] from [B, C, H, W]: the sum, with its sign; the sum of magnitudes; or the largest magnitude."""
+def over_channels(values: Tensor, channels: Channels, dim: int = 1) -> Tensor:
+    """[B, H, W] from [B, C, H, W]: the sum, with its sign; the sum of magnitudes; or the largest magnitude.
+
+    dim: of the channels, 2 of texts [B, T, D].
+    """
     if channels == "sum":
-        return values.sum(1)
-    return values.abs().sum(1) if channels == "sum_abs" else values.abs().amax(1)
+        return values.sum(dim)
+    return values.abs().sum(dim) if channels == "sum_abs" else values.abs().amax(dim)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ibxai.backbones import Backbone
 from ibxai.methods.bottleneck import Bottleneck, Mask, Search
-from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics, estimate_statistics
+from ibxai.methods.feature_statistics import FeatureGrid, FeatureStatistics, estimate_statistics, shape_of
 from ibxai.methods.settings import check_choice, check_not_negative, check_positive
 from ibxai.types import Attribution, Attributor, Batch, Target
 
@@ -38,8 +38,8 @@ class BottleneckSettings:
     """What the methods with a bottleneck on features share.
 
     beta: weight of the information. beta_per: "neuron", of its mean over the layer's neurons as in the papers (a nat
-    costs beta / neurons: another price at every layer), or "pixel", of nats per pixel of the input, which means the
-    same at every layer and input size. learning_rate, steps: of Adam. draws: noise samples a step.
+    costs beta / neurons: another price at every layer), or "pixel", of nats per pixel (or token) of the input, the same
+    at every layer and input size. learning_rate, steps: of Adam. draws: noise samples a step.
     initial_alpha: the mask starts at sigmoid(initial_alpha), almost open. smoothing: deviation of the Gaussian over
     lambda, in cells of the layer, 0 for none. min_reference, min_std, active_share: see `estimate_statistics`.
     """
@@ -82,7 +82,7 @@ class BottleneckSettings:
             Bottleneck(
                 split=backbone.split(layer),
                 purpose=backbone.layer(layer),
-                grid=FeatureGrid.of(backbone.layers[backbone.layer(layer)], layer),
+                grid=FeatureGrid.at(backbone, layer),
                 statistics=statistics[layer],
                 search=Search(self.learning_rate, self.steps, self.draws, self.initial_alpha, self.smoothing),
                 price=self.price(backbone, layer),
@@ -95,10 +95,12 @@ class BottleneckSettings:
         ]
 
     def price(self, backbone: Backbone, layer: str) -> float:
-        """What a nat of information costs, in the unit of the target's loss."""
+        """What a nat of information costs, in the unit of the target's loss; of texts, see `Bottleneck`."""
+        if backbone.modality == "text":
+            return self.beta / (shape_of(backbone, layer)[-1] if self.beta_per == "neuron" else 1)
         if self.beta_per == "neuron":
-            return self.beta / math.prod(backbone.layers[backbone.layer(layer)])
-        return self.beta / math.prod(backbone.preprocessing.input_shape[1:])
+            return self.beta / math.prod(shape_of(backbone, layer))
+        return self.beta / math.prod(backbone.input_shape[1:])
 
     def target_loss(self) -> Callable[[Target, Tensor], Tensor]:
         return lambda target, out: target.loss(out)
@@ -108,10 +110,13 @@ class BottleneckSettings:
 class IBA(BottleneckSettings):
     """Per-sample information bottleneck at one layer.
 
-    layer: a layer's name or role; maps [C, h, w], channels-last maps and square tokens [N, D] are understood.
+    layer: a layer's name or role; maps [C, h, w], channels-last maps and square tokens [N, D] are understood, and of
+    texts any layer with features a token [T, D].
     """
 
     layer: str = "bottleneck"
+
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
 
     def fit(
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
@@ -125,8 +130,7 @@ class IBA(BottleneckSettings):
 
         def attribute(batch: Batch) -> Attribution:
             mask = bottleneck.find(batch)
-            heatmap = bottleneck.map_of(mask, (batch.inputs.shape[-2], batch.inputs.shape[-1]))
-            return Attribution(heatmap, "bits", diagnostics_of(mask))
+            return Attribution(bottleneck.map_of(mask, batch.places), "bits", diagnostics_of(mask))
 
         return attribute
 

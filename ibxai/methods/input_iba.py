@@ -11,6 +11,8 @@ What this code does differently, and why: step 2 has two estimators (`input_mask
 critic a picture. "direct" needs none: f(Z_G) and Z* are compared neuron by neuron as Gaussians, by the same Wasserstein
 distance in closed form. The noise is that of the reference pictures, and the map is the smoothed Lambda, the mask that
 the network saw (the paper's InputIBA*), not the raw sigmoid.
+
+On texts the input is the embedding, and a token's value the mean of Lambda over its D numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ibxai.backbones import Backbone, Features, Split
-from ibxai.methods.bottleneck import Bottleneck, Mask, Search
+from ibxai.methods.bottleneck import Bottleneck, Mask, Search, over_tokens
 from ibxai.methods.feature_statistics import INPUT, FeatureGrid
 from ibxai.methods.iba import IBA, diagnostics_of
 from ibxai.methods.input_mask import DirectEstimator, WganEstimator
@@ -53,6 +55,7 @@ class InputIBA:
     output: Literal["mask", "prior"] = "mask"
 
     version: ClassVar[int] = 1
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "draws", "learning_rate")
@@ -66,14 +69,13 @@ class InputIBA:
         """Estimate statistics of the layer and of the input. Raises UserError as IBA does."""
         statistics = self.feature.statistics(backbone, [self.feature.layer, INPUT], reference)
         (feature,) = self.feature.bottlenecks(backbone, [self.feature.layer], statistics, seed)
-        _, height, width = backbone.preprocessing.input_shape
         at_input = Bottleneck(
-            split=Split(Features, lambda f: backbone(f.values if isinstance(f, Features) else f)),
+            split=_whole(backbone),
             purpose=INPUT,
-            grid=FeatureGrid("map", height, width),
+            grid=FeatureGrid.at(backbone, INPUT),
             statistics=statistics[INPUT],
             search=Search(self.learning_rate, self.steps, self.draws, self.initial_alpha, self.smoothing),
-            price=self.beta / torch.Size(backbone.preprocessing.input_shape).numel(),
+            price=IBA(beta=self.beta).price(backbone, INPUT),
             seed=seed,
             inverse=False,
             loss=lambda target, out: target.loss(out),
@@ -83,12 +85,14 @@ class InputIBA:
         def attribute(batch: Batch) -> Attribution:
             latent = feature.find(batch)
             prior, distance = self._prior(feature, at_input, batch, latent)
-            diagnostics = {"feature_capacity": diagnostics_of(latent)["capacity"], "distance_curve": distance}
+            diagnostics = {"feature_capacity": diagnostics_of(latent)["capacity"]}
+            if distance.shape[1]:  # an estimator has taken steps
+                diagnostics["distance_curve"] = distance
             if self.output == "prior":
-                return Attribution(prior.mean(1), "mask", diagnostics)
+                return Attribution(_map_of(prior, batch), "mask", diagnostics)
             mask = at_input.find(batch, prior)
             kept = at_input.smoothed(torch.sigmoid(mask.alpha))
-            return Attribution(kept.mean(1), "mask", diagnostics | diagnostics_of(mask))
+            return Attribution(_map_of(kept, batch), "mask", diagnostics | diagnostics_of(mask))
 
         return attribute
 
@@ -99,3 +103,21 @@ class InputIBA:
         estimator = self.wgan if self.estimator == "wgan" else self.direct
         steps = 0 if self.estimator == "none" else estimator.steps
         return estimator.estimate(feature, at_input, batch, latent, steps)
+
+
+def _whole(backbone: Backbone) -> Split:
+    """The network cut before its first layer."""
+
+    def head(inputs: Tensor, valid: Tensor | None = None) -> Features:
+        return Features(inputs, () if valid is None else (valid,))
+
+    def tail(features: Features | Tensor) -> Tensor:
+        features = features if isinstance(features, Features) else Features(features)
+        return backbone(features.values, *features.bypass)
+
+    return Split(head, tail)
+
+
+def _map_of(mask: Tensor, batch: Batch) -> Tensor:
+    """[B, H, W] or [B, T]: the mean of a mask [B, ...] over what a pixel or a token consists of."""
+    return over_tokens(mask, batch.valid).mean(batch.channels)

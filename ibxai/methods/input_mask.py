@@ -6,8 +6,9 @@ Z_G = lambda_G I + (1 - lambda_G) eps_G such that f(Z_G) is distributed as Z* (I
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from ibxai.draws import normal, sample_keys, uniform
 from ibxai.errors import UserError
-from ibxai.methods.bottleneck import Bottleneck, Mask, Smoothing, feature_noise
+from ibxai.methods.bottleneck import Bottleneck, Mask, Smoothing, feature_noise, over_tokens
 from ibxai.methods.settings import check_not_negative, check_positive
 from ibxai.types import Batch
 
@@ -49,7 +50,7 @@ class DirectEstimator:
         """(lambda_G [B, C, H, W], distance before each step [B, steps])."""
         wanted_mean, wanted_std = target_distribution(feature, latent)
         logits = starting_logits(feature, batch, latent).requires_grad_()
-        smooth = Smoothing(self.smoothing, logits.device)
+        smooth = Smoothing(self.smoothing if batch.valid is None else 0.0, logits.device)
         keys = sample_keys(feature.seed, batch.sample_ids, "input mask noise", logits.device)
         optimiser = torch.optim.Adam([logits], lr=self.learning_rate)
         most = max(1, feature.most_rows() // self.draws)
@@ -58,12 +59,13 @@ class DirectEstimator:
             optimiser.zero_grad()
             total = torch.zeros(len(batch), device=logits.device)
             for rows in torch.arange(len(batch), device=logits.device).split(most):
-                mask = smooth(torch.sigmoid(logits[rows]))
-                latents = self._latents(feature, at_input, batch.inputs[rows], mask, keys[rows], step)
+                mask, some = smooth(torch.sigmoid(logits[rows])), batch.take(rows)
+                noise = input_noise(keys[rows], step, self.draws, some)
+                latents = masked_latents(feature, at_input, some, mask, noise)
                 scale = feature.statistics.std
                 mean = (latents.mean(1) - wanted_mean[rows]) / scale
                 spread = (latents.std(1) - wanted_std[rows]) / scale
-                distance = (mean**2 + spread**2).flatten(1).mean(1)
+                distance = mean_of_places(mean**2 + spread**2, some.valid)
                 distance.sum().backward()
                 total[rows] = distance.detach()
             optimiser.step()
@@ -72,25 +74,27 @@ class DirectEstimator:
             found = smooth(torch.sigmoid(logits))
         return found, torch.stack(curve, 1) if curve else found.new_zeros(len(batch), 0)
 
-    def _latents(
-        self, feature: Bottleneck, at_input: Bottleneck, inputs: Tensor, mask: Tensor, keys: Tensor, step: int
-    ) -> Tensor:
-        """f(Z_G): [B, draws, ...], of the pictures under their masks, with the reference pictures' noise."""
-        return masked_latents(feature, at_input, inputs, mask, input_noise(keys, step, self.draws, inputs))
+
+def mean_of_places(values: Tensor, valid: Tensor | None) -> Tensor:
+    """[B]: the mean of values [B, ...], of texts [B, T, D] over their tokens."""
+    if valid is None:
+        return values.flatten(1).mean(1)
+    return over_tokens(values.mean(2, keepdim=True), valid).flatten(1).sum(1) / valid.sum(1)
 
 
-def input_noise(keys: Tensor, step: int, draws: int, inputs: Tensor) -> Tensor:
-    """Standard normal [B, draws, C, H, W] for inputs [B, C, H, W]."""
-    places = torch.arange(draws, device=inputs.device).repeat(len(inputs))
-    noise = feature_noise(keys.repeat_interleave(draws), step * draws + places, inputs.shape[1:])
-    return noise.unflatten(0, (len(inputs), draws))
+def input_noise(keys: Tensor, step: int, draws: int, batch: Batch) -> Tensor:
+    """Standard normal [B, draws, C, H, W] for pictures [B, C, H, W], [B, draws, T, D] for texts."""
+    places = torch.arange(draws, device=keys.device).repeat(len(batch))
+    keys, steps = keys.repeat_interleave(draws), step * draws + places
+    return feature_noise(keys, steps, batch.inputs.shape[1:], batch.valid is not None).unflatten(0, (-1, draws))
 
 
-def masked_latents(feature: Bottleneck, at_input: Bottleneck, inputs: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """f(Z_G) [B, draws, ...] of inputs and masks [B, C, H, W] with noise [B, draws, C, H, W] in the input's units."""
+def masked_latents(feature: Bottleneck, at_input: Bottleneck, batch: Batch, mask: Tensor, noise: Tensor) -> Tensor:
+    """f(Z_G) [B, draws, ...] under masks in the inputs' shape, with noise [B, draws, ...] in the reference's units."""
     eps = at_input.statistics.mean + at_input.statistics.std * noise
-    masked = mask[:, None] * inputs[:, None] + (1 - mask[:, None]) * eps
-    return feature.split.head(masked.flatten(0, 1)).values.unflatten(0, noise.shape[:2])
+    masked = mask[:, None] * batch.inputs[:, None] + (1 - mask[:, None]) * eps
+    valid = None if batch.valid is None else batch.valid.repeat_interleave(noise.shape[1], 0)
+    return feature.split.head(masked.flatten(0, 1), valid).values.unflatten(0, noise.shape[:2])
 
 
 def target_distribution(feature: Bottleneck, latent: Mask) -> tuple[Tensor, Tensor]:
@@ -100,16 +104,27 @@ def target_distribution(feature: Bottleneck, latent: Mask) -> tuple[Tensor, Tens
 
 
 def starting_logits(feature: Bottleneck, batch: Batch, latent: Mask) -> Tensor:
-    """[B, C, H, W]: the feature mask's mean over channels, spread over the picture, the same for every input channel.
+    """[B, C, H, W]: the feature mask's mean over channels, spread over the picture, the same for every input channel;
+    of texts [B, T, D], token by token.
 
-    Stretched to the picture's own range first: a mean over hundreds of channels leaves little contrast.
+    Stretched to the sample's own range first: a mean over hundreds of channels leaves little contrast.
     """
     with torch.no_grad():
-        cells = feature.grid.to_map(torch.sigmoid(latent.alpha)).mean(1, keepdim=True)
-        low, high = cells.amin((2, 3), keepdim=True), cells.amax((2, 3), keepdim=True)
-        cells = (cells - low) / (high - low).clamp_min(1e-6)
+        kept = torch.sigmoid(latent.alpha)
+        if batch.valid is not None:
+            cells = _stretched(kept.mean(2), ~batch.valid)
+            return torch.logit(cells.clamp(*_START_RANGE)).unsqueeze(2).expand_as(batch.inputs).clone()
+        cells = feature.grid.to_map(kept).mean(1, keepdim=True)
+        cells = _stretched(cells.flatten(1)).view_as(cells)
         spread = F.interpolate(cells, size=batch.inputs.shape[-2:], mode="bilinear", align_corners=False)
         return torch.logit(spread.clamp(*_START_RANGE)).expand_as(batch.inputs).clone()
+
+
+def _stretched(cells: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Cells [B, P] from 0 to 1; what is padding, bool [B, P], is left out of account."""
+    least, most = (cells, cells) if padding is None else (cells.masked_fill(padding, s * torch.inf) for s in (1, -1))
+    low, high = least.amin(1, keepdim=True), most.amax(1, keepdim=True)
+    return (cells - low) / (high - low).clamp_min(1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +134,9 @@ class WganEstimator:
     Wasserstein GAN with clipped weights. Each round updates the generator `generator_updates` times and the critic
     `critic_updates` times (paper, D.1: 5 and 1; the official code: 1 and 5), `steps` rounds in all, on `batch` latents
     out of `samples` drawn from P(Z*). The critics of a batch of pictures are stacked and run together under vmap;
-    their batch norm sees one picture's latents. Three convolutions and two linear layers as in D.1; the paper leaves
-    out their widths.
+    their batch norm sees one picture's latents. Three convolutions and two linear layers as in D.1, of texts one
+    recurrent layer; the paper leaves out their widths. What the recurrent critic says is averaged over the tokens:
+    with clipped weights its last state knows the last words alone.
     """
 
     steps: int = 28
@@ -149,6 +165,7 @@ class WganEstimator:
         mean = torch.zeros_like(logits).requires_grad_()
         log_std = torch.zeros_like(logits).requires_grad_()
         critics = _start_critics(feature, batch, latent, self.width, self.clip)
+        judge = _criticise if batch.valid is None else partial(_read, batch.valid)
         generator_optimiser = torch.optim.RMSprop(
             [
                 {"params": [logits], "lr": self.mask_rate},
@@ -161,23 +178,22 @@ class WganEstimator:
         keys = sample_keys(feature.seed, batch.sample_ids, "generator noise", device)
 
         def fake(draw: int) -> Tensor:
-            """f(Z_G) as maps, [B, batch, C, h, w]; eps_G has a learned mean and deviation a pixel."""
-            noise = input_noise(keys, draw, self.batch, batch.inputs) * log_std.exp()[:, None] + mean[:, None]
-            latents = masked_latents(feature, at_input, batch.inputs, torch.sigmoid(logits), noise)
-            return feature.grid.to_map(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+            """f(Z_G) as maps, [B, batch, C, h, w], or [B, batch, T, H]; eps_G's mean and deviation are learned."""
+            noise = input_noise(keys, draw, self.batch, batch) * log_std.exp()[:, None] + mean[:, None]
+            return as_maps(feature, masked_latents(feature, at_input, batch, torch.sigmoid(logits), noise))
 
         curve, draw = [], 0
         for _ in range(steps):
             for _ in range(self.generator_updates):
                 generator_optimiser.zero_grad()
-                (-_criticise(critics, fake(draw)).mean(1).sum()).backward()
+                (-judge(critics, fake(draw)).mean(1).sum()).backward()
                 generator_optimiser.step()
                 draw += 1
             for _ in range(self.critic_updates):
                 critic_optimiser.zero_grad()
                 with torch.no_grad():
                     generated, wanted = fake(draw), real.draw(draw)
-                distance = _criticise(critics, wanted).mean(1) - _criticise(critics, generated).mean(1)
+                distance = judge(critics, wanted).mean(1) - judge(critics, generated).mean(1)
                 (-distance.sum()).backward()
                 critic_optimiser.step()
                 with torch.no_grad():
@@ -199,11 +215,18 @@ class _TargetLatents:
         self.order = sample_keys(feature.seed, batch.sample_ids, "order of target latents", latent.alpha.device)
 
     def draw(self, step: int) -> Tensor:
-        """[B, size, C, h, w]. A latent is a function of its number, so the 200 need not be kept."""
+        """[B, size, C, h, w] or [B, size, T, H]. A latent is a function of its number, so the 200 need not be kept."""
         number = (uniform(self.order, step, (self.size,)) * self.count).long().clamp_max(self.count - 1)
-        noise = feature_noise(self.keys.repeat_interleave(self.size), number.flatten(), self.mean.shape[1:])
-        latents = self.mean[:, None] + self.std[:, None] * noise.unflatten(0, (len(self.keys), self.size))
-        return self.feature.grid.to_map(latents.flatten(0, 1)).unflatten(0, (len(self.keys), self.size))
+        keys, of_text = self.keys.repeat_interleave(self.size), self.feature.grid.kind == "text"
+        noise = feature_noise(keys, number.flatten(), self.mean.shape[1:], of_text)
+        return as_maps(self.feature, self.mean[:, None] + self.std[:, None] * noise.unflatten(0, (-1, self.size)))
+
+
+def as_maps(feature: Bottleneck, latents: Tensor) -> Tensor:
+    """Latents [B, n, ...] as maps, [B, n, C, h, w]; of texts they stay [B, n, T, H]."""
+    if feature.grid.kind == "text":
+        return latents
+    return feature.grid.to_map(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
 
 _CONVOLUTIONS = ((4, 2, 1), (4, 2, 1), (3, 1, 1))  # kernel, stride, padding
@@ -211,7 +234,13 @@ _HIDDEN = 256
 
 
 def _start_critics(feature: Bottleneck, batch: Batch, latent: Mask, width: int, clip: float) -> list[Tensor]:
-    """Stacked weights, [B, ...] each, clipped: three convolutions (batch norm between), two linear layers."""
+    """Stacked weights, [B, ...] each, clipped: three convolutions (batch norm between), two linear layers; of texts a
+    recurrent layer and a linear one.
+    """
+    keys = sample_keys(feature.seed, batch.sample_ids, "critic weights", batch.inputs.device)
+    if feature.grid.kind == "text":
+        hidden = latent.features.shape[2]
+        return _drawn(keys, [((hidden, width), hidden), ((width, width), width), ((width,), width)], clip)
     channels, height, side = feature.grid.to_map(latent.features).shape[1:]
     widths = (channels, width, 2 * width, width)
     shapes: list[tuple[tuple[int, ...], int]] = []
@@ -222,7 +251,11 @@ def _start_critics(feature: Bottleneck, batch: Batch, latent: Mask, width: int, 
     if min(height, side) < 1:
         raise UserError("The critic of method.estimator=wgan needs a layer of at least 4 x 4 cells.")
     shapes += [((_HIDDEN, width * height * side), width * height * side), ((1, _HIDDEN), _HIDDEN)]
-    keys = sample_keys(feature.seed, batch.sample_ids, "critic weights", batch.inputs.device)
+    return _drawn(keys, shapes, clip)
+
+
+def _drawn(keys: Tensor, shapes: Sequence[tuple[tuple[int, ...], int]], clip: float) -> list[Tensor]:
+    """Weights of these (shape, inputs of a unit), [B, ...] each, clipped."""
     starts = [normal(keys, number, shape) * fan_in**-0.5 for number, (shape, fan_in) in enumerate(shapes)]
     return [weights.clamp_(-clip, clip).requires_grad_() for weights in starts]
 
@@ -231,6 +264,17 @@ def _criticise(critics: list[Tensor], latents: Tensor) -> Tensor:
     """[B, n]: each picture's critic on its latents [B, n, C, h, w]."""
     run: Callable[..., Tensor] = torch.func.vmap(_critic)
     return run(tuple(critics), latents)
+
+
+def _read(valid: Tensor, critics: list[Tensor], latents: Tensor) -> Tensor:
+    """[B, n]: each text's recurrent critic on its latents [B, n, T, H], the mean over the tokens of what it says."""
+    inward, recurrent, last = critics
+    arriving = (latents @ inward[:, None]).unbind(2)
+    state, said = torch.zeros_like(arriving[0]), []
+    for values in arriving:
+        state = torch.tanh(values + state @ recurrent)
+        said.append((state * last[:, None]).sum(2))
+    return (torch.stack(said, 2) * valid[:, None]).sum(2) / valid.sum(1)[:, None]
 
 
 def _critic(weights: tuple[Tensor, ...], latents: Tensor) -> Tensor:

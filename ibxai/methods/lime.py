@@ -4,7 +4,8 @@
 
 with D the cosine distance between z and "everything kept"; the map is c_s at the pixels of superpixel s. Reference:
 Ribeiro, Singh, Guestrin, "Why Should I Trust You?", KDD 2016, Eqs. 1-2, and their code, whose kernel carries the 2, and
-which sets the settings' defaults.
+which sets the settings' defaults. Of texts a variable is a word of the vocabulary, wherever it stands, as in the
+official code; what is taken away becomes `<unk>`, so that the others keep their places.
 
 Differently from the official code superpixels are SLIC's (quickshift's number is hard to foresee), no superpixels are
 selected before the fit, and all pictures of a batch are fitted in one solve, in float64. The first draw keeps
@@ -22,7 +23,7 @@ import torch
 from skimage.segmentation import slic
 from torch import Tensor
 
-from ibxai.backbones import Backbone
+from ibxai.backbones import Backbone, TextBackbone
 from ibxai.draws import sample_keys, uniform
 from ibxai.errors import UserError
 from ibxai.methods.perturbation import BASELINES, baseline_picture
@@ -37,9 +38,9 @@ _TINY = 1e-30
 class LIME:
     """segments, compactness, segment_blur: of SLIC; it finds about as many superpixels as it is asked for.
 
-    samples: network passes a row. keep: the chance of a superpixel to be kept. kernel_width: w. ridge: the penalty.
-    baseline: what covers a superpixel, "mean" (its mean colour), "blur" (of deviation `sigma` pixels) or "constant"
-    (`value`, in normalised units). score: what is explained.
+    samples: network passes a row. keep: the chance of a superpixel or word to be kept. kernel_width: w. ridge: the
+    penalty. baseline: what covers a superpixel, "mean" (its mean colour), "blur" (of deviation `sigma` pixels) or
+    "constant" (`value`, in normalised units); a word always becomes `<unk>`. score: what is explained.
     """
 
     segments: int = 50
@@ -56,6 +57,7 @@ class LIME:
 
     version: ClassVar[int] = 1
     uses_reference: ClassVar[bool] = False
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
 
     def __post_init__(self) -> None:
         check_positive(self, "segments", "compactness", "kernel_width", "ridge", "sigma")
@@ -71,18 +73,26 @@ class LIME:
         self, backbone: Backbone, reference: Iterable[Batch], seed: int, state: Mapping[str, Tensor] | None = None
     ) -> Attributor:
         """Nothing is estimated. The map's diagnostics, [B] each: `r2`, the share of the weighted variance of the scores
-        that the linear model explains; `segments`, the number of superpixels."""
+        that the linear model explains; `segments`, the number of superpixels or words."""
 
         def attribute(batch: Batch) -> Attribution:
-            segments = superpixels(backbone, batch.inputs, self.segments, self.compactness, self.segment_blur)
+            segments = self._segments(backbone, batch)
             counts = segments.flatten(1).amax(1) + 1
             kept = self._draw(batch, counts, seed)
             scores = self._scores(backbone, batch, segments, kept)
             coefficients, r2 = weighted_ridge(kept, scores, kernel(kept, counts, self.kernel_width), self.ridge)
-            heatmap = coefficients.gather(1, segments.flatten(1)).view(segments.shape)
+            heatmap = coefficients.gather(1, segments.flatten(1).clamp_min(0)).view(segments.shape)
+            if batch.valid is not None:
+                heatmap = heatmap * batch.valid
             return Attribution(heatmap.float(), "score", {"r2": r2.float(), "segments": counts.float()})
 
         return attribute
+
+    def _segments(self, backbone: Backbone, batch: Batch) -> Tensor:
+        """int64 [B, H, W] or [B, T]: the superpixel or word of each place, numbered from 0; -1 in the padding."""
+        if batch.tokens is not None and batch.valid is not None:
+            return different_words(batch.tokens, batch.valid)
+        return superpixels(backbone, batch.inputs, self.segments, self.compactness, self.segment_blur)
 
     def _draw(self, batch: Batch, counts: Tensor, seed: int) -> Tensor:
         """bool [B, samples, S]: what is kept; the first draw keeps all, and no draw what a picture lacks."""
@@ -94,22 +104,31 @@ class LIME:
         return kept & (torch.arange(most, device=counts.device) < counts[:, None])[:, None]
 
     def _scores(self, backbone: Backbone, batch: Batch, segments: Tensor, kept: Tensor) -> Tensor:
-        """[B, samples]: the target's score of the pictures with the other superpixels covered."""
-        covered = self._covered(batch.inputs, segments)
-        flat, scores = segments.flatten(1), []
+        """[B, samples]: the target's score of the samples with the other superpixels or words covered."""
+        covered = self._covered(backbone, batch, segments)
+        flat, scores = segments.flatten(1).clamp_min(0), []
         with torch.no_grad():
             for rows in torch.arange(kept.shape[0] * kept.shape[1], device=kept.device).split(backbone.max_passes):
                 sample = rows // kept.shape[1]
-                shown = kept.flatten(0, 1)[rows].gather(1, flat[sample]).view(-1, 1, *segments.shape[1:])
-                pictures = torch.where(shown, batch.inputs[sample], covered[sample])
-                scores.append(batch.target.take(sample).score(backbone(pictures), self.score))
+                shown = batch.over_inputs(kept.flatten(0, 1)[rows].gather(1, flat[sample]))
+                inputs = torch.where(shown, batch.inputs[sample], covered[sample])
+                scores.append(batch.scores(backbone, inputs, sample, self.score))
         return torch.cat(scores).view(kept.shape[:2])
 
-    def _covered(self, inputs: Tensor, segments: Tensor) -> Tensor:
-        """[B, C, H, W]: the pictures with every superpixel covered."""
+    def _covered(self, backbone: Backbone, batch: Batch, segments: Tensor) -> Tensor:
+        """The inputs with every superpixel or word covered."""
+        if isinstance(backbone, TextBackbone):
+            return backbone.unknown.expand_as(batch.inputs)
         if self.baseline == MEAN_COLOUR:
-            return mean_colours(inputs, segments)
-        return baseline_picture(inputs, self.baseline, self.sigma, self.value)
+            return mean_colours(batch.inputs, segments)
+        return baseline_picture(batch.inputs, self.baseline, self.sigma, self.value)
+
+
+def different_words(tokens: Tensor, valid: Tensor) -> Tensor:
+    """int64 [B, T]: each text's different tokens numbered from 0, in the vocabulary's order; -1 in the padding."""
+    ordered, order = tokens.masked_fill(~valid, -1).sort(1)
+    new = ordered.diff(dim=1, prepend=torch.full_like(ordered[:, :1], -1)) > 0
+    return torch.empty_like(order).scatter_(1, order, new.cumsum(1) - 1)
 
 
 def superpixels(backbone: Backbone, inputs: Tensor, count: int, compactness: float, blur: float) -> Tensor:

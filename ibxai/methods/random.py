@@ -15,9 +15,10 @@ from ibxai.types import Attribution, Attributor, Batch
 
 @dataclass(frozen=True)
 class Random:
-    """Every pixel uniform in (0, 1), drawn for the sample and the seed."""
+    """Every pixel or token uniform in (0, 1), drawn for the sample and the seed."""
 
     version: ClassVar[int] = 1
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
     uses_reference: ClassVar[bool] = False
 
     def fit(
@@ -27,6 +28,7 @@ class Random:
 
         def attribute(batch: Batch) -> Attribution:
             keys = sample_keys(seed, batch.sample_ids, "random map", batch.inputs.device)
-            return Attribution(uniform(keys, 0, batch.inputs.shape[-2:]), "score")
+            drawn = uniform(keys, 0, batch.places)
+            return Attribution(drawn if batch.valid is None else drawn * batch.valid, "score")
 
         return attribute

@@ -2,6 +2,7 @@
 
 from ibxai.metrics.confidence import ConfidenceDrop, PixelRatio
 from ibxai.metrics.insertion import Deletion, Insertion
+from ibxai.metrics.lesions import Lesions
 from ibxai.metrics.localisation import BoxShare, EffectiveHeatRatio, IoU, PointingGame
 from ibxai.metrics.pearson import SeverityCorrelation
 from ibxai.metrics.sensitivity_n import SensitivityN
@@ -13,6 +14,7 @@ __all__ = [
     "EffectiveHeatRatio",
     "Insertion",
     "IoU",
+    "Lesions",
     "PixelRatio",
     "PointingGame",
     "SensitivityN",

@@ -5,11 +5,13 @@
 By the trapezoid rule with both ends, not divided by the original score. Equal values are ordered by a permutation
 drawn for the sample, so a constant map is judged as a random order, not as a scan from the top left. A map that
 holds NaN has no order: its values are NaN. The papers' own settings are YAML variants with names: `_igospp` (cells of
-a coarse grid), `_input_iba`, `_chexplain`, `_regression`.
+a coarse grid), `_input_iba`, `_chexplain`, `_regression`. Of texts tokens come and go, and one that is gone is `<unk>`
+(InputIBA, D.3: 10 a step), so a text has the fractions that its length allows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ibxai.backbones import Backbone
+from ibxai.backbones import Backbone, TextBackbone
 from ibxai.draws import sample_keys, tie_breakers
 from ibxai.errors import UserError, nearest
 from ibxai.methods.perturbation import BASELINES, baseline_picture
@@ -30,8 +32,9 @@ class _PixelOrder:
     """step: below 1 a share of the picture's cells, from 1 on a number of cells. resolution: cells a side, null for
     the pixels themselves; the map is averaged over a cell, and the cells' mask spread bilinearly over the picture.
     baseline: "blur" (of deviation `sigma` pixels, `kernel` wide, null for three deviations to each side) or "constant"
-    (`value`, in normalised units: 0 is the mean colour; or "black"). score: "probability", "logit" or "value" of the
-    target. change: the curve is the absolute change of the score from its start (CheXplain's regression version).
+    (`value`, in normalised units: 0 is the mean colour; or "black"); of texts always `<unk>`. score: "probability",
+    "logit" or "value" of the target. change: the curve is the absolute change of the score from its start (CheXplain's
+    regression version).
     """
 
     step: float
@@ -44,6 +47,7 @@ class _PixelOrder:
     change: bool = False
 
     version: ClassVar[int] = 1
+    modalities: ClassVar[tuple[str, ...]] = ("picture", "text")
 
     def __post_init__(self) -> None:
         if self.score not in SCORE_KINDS:
@@ -66,25 +70,39 @@ class _PixelOrder:
         heatmap = attribution.heatmap
         if self.resolution is not None:
             heatmap = F.adaptive_avg_pool2d(heatmap[:, None], self.resolution)[:, 0]
-        rank = pixel_ranks(heatmap, batch.sample_ids).view(len(batch), 1, *heatmap.shape[-2:])
-        cells = heatmap[0].numel()
-        changed = changed_counts(cells, self.step).to(inputs.device)
+        if batch.valid is not None:
+            heatmap = heatmap.masked_fill(~batch.valid, -torch.inf)
+        rank = pixel_ranks(heatmap, batch.sample_ids)
+        cells, changed = self._changed(backbone, batch, heatmap)
+        another = changed.diff(dim=1, prepend=changed[:, :1] - 1).flatten() > 0  # a short text reaches its end early
         scores = []
         with torch.no_grad():
-            for rows in torch.arange(len(batch) * len(changed), device=inputs.device).split(backbone.max_passes):
-                sample, count = rows // len(changed), changed[rows % len(changed)]
-                reached = rank[sample] < count.view(-1, 1, 1, 1)
-                pictures = self._mixed(start[sample], end[sample], reached)
-                scores.append(batch.target.take(sample).score(backbone(pictures), self.score))
-        curve = torch.cat(scores).view(len(batch), -1)
+            for rows in another.nonzero()[:, 0].split(backbone.max_passes):
+                sample, count = rows // changed.shape[1], changed.flatten()[rows]
+                reached = (rank[sample] < count[:, None]).view(-1, *heatmap.shape[1:]).unsqueeze(batch.channels)
+                mixed = self._mixed(start[sample], end[sample], reached)
+                scores.append(batch.scores(backbone, mixed, sample, self.score))
+        curve = torch.cat(scores)[another.cumsum(0) - 1].view_as(changed)
         if self.change:
             curve = (curve - curve[:, :1]).abs()
         undefined = attribution.heatmap.isnan().flatten(1).any(1)
         curve = curve.masked_fill(undefined[:, None], torch.nan)
-        fraction = (changed.double() / cells).float().expand_as(curve)
+        fraction = (changed.double() / cells[:, None]).float()
         return {"auc": torch.trapezoid(curve, fraction, dim=1), "curve": curve, "fraction": fraction}
 
+    def _changed(self, backbone: Backbone, batch: Batch, heatmap: Tensor) -> tuple[Tensor, Tensor]:
+        """(cells of each map [B], how many are changed at each point of its curve [B, S]), int64."""
+        if batch.valid is None:
+            changed = changed_counts(heatmap[0].numel(), self.step).to(heatmap.device)
+            return changed[-1].expand(len(batch)), changed.expand(len(batch), -1)
+        lengths = batch.valid.sum(1)
+        return lengths, changed_tokens(lengths, self.step, backbone.input_shape[0])
+
     def _baseline(self, backbone: Backbone, inputs: Tensor) -> Tensor:
+        if isinstance(backbone, TextBackbone):
+            if self.resolution is not None:
+                raise UserError(f"resolution={self.resolution} is for pictures: of texts choose resolution=null.")
+            return backbone.unknown.expand_as(inputs)
         value = backbone.preprocessing.black.to(inputs.device) if self.value == "black" else self.value
         return baseline_picture(inputs, self.baseline, self.sigma, value, self.kernel)
 
@@ -125,7 +143,7 @@ class Deletion(_PixelOrder):
 
 
 def pixel_ranks(heatmap: Tensor, sample_ids: tuple[str, ...]) -> Tensor:
-    """int64 [B, P]: 0 for the highest value of each map [B, H, W]; equal values in an order drawn for the sample."""
+    """int64 [B, P]: 0 for the highest value of each map [B, ...]; equal values in an order drawn for the sample."""
     flat = heatmap.flatten(1)
     shuffle = tie_breakers(sample_keys(0, sample_ids, "ties", heatmap.device), flat.shape[1])
     order = flat.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
@@ -138,3 +156,14 @@ def changed_counts(pixels: int, step: float) -> Tensor:
     size = step * pixels if step < 1 else step
     points = torch.arange(0, pixels, size, dtype=torch.float64).round().long().unique()
     return torch.cat([points[points < pixels], torch.tensor([pixels])])
+
+
+def changed_tokens(lengths: Tensor, step: float, longest: int) -> Tensor:
+    """int64 [B, S]: `changed_counts` of texts of these lengths [B]; S depends on the step and the longest text there
+    can be, so a text that is shorter stays at its end.
+    """
+    points = math.ceil(1 / step - 1e-9) if step < 1 else math.ceil(longest / step)
+    size = lengths.double() * step if step < 1 else torch.full_like(lengths, step, dtype=torch.float64)
+    counts = (torch.arange(points + 1, device=lengths.device) * size[:, None]).round().long()
+    counts[:, -1] = lengths
+    return counts.minimum(lengths[:, None])

@@ -24,13 +24,14 @@ from ibxai.backbones import Backbone
 from ibxai.errors import UserError, nearest
 from ibxai.metrics.insertion import pixel_ranks
 from ibxai.metrics.normalisation import Sign, check_sign, undefined, with_sign
-from ibxai.thresholds import otsu, quantile
+from ibxai.thresholds import RULES as CUTS
+from ibxai.thresholds import cut, quantile
 from ibxai.types import Attribution, Batch
 
 Ratio = Literal["heat_per_pixel", "heat_share", "pixel_share"]
 RATIOS: tuple[str, ...] = get_args(Ratio)
-Rule = Literal["fixed", "quantile", "mean_std", "otsu", "best"]
-RULES: tuple[str, ...] = get_args(Rule)
+Rule = Literal["fixed", "quantile", "mean_std", "otsu", "absolute", "best"]
+RULES = (*CUTS, "best")
 _SWEEP = 50  # levels of the rule "best": 0, 0.02 ... 0.98 of the maximum; CheXplain's code goes as far
 
 
@@ -124,8 +125,9 @@ class IoU:
     """Intersection over union of the region and the pixels that a threshold highlights.
 
     rule: "fixed" (`level` times the map's maximum), "quantile" (of `level`), "mean_std" (the mean plus `level`
-    deviations), "otsu" (no level), "best" (the level 0, 0.02 ... 0.98 of the maximum that suits this picture best: an
-    upper bound, since the annotation chooses it; its curve over all levels says which one level suits a whole dataset).
+    deviations), "otsu" (no level), "absolute" (`level` in the map's unit), "best" (the level 0, 0.02 ... 0.98 of the
+    maximum that suits this picture best: an upper bound, since the annotation chooses it; its curve over all levels
+    says which one level suits a whole dataset).
     CheXplain (sec. 3.2) thresholds without saying how; its code tries levels up to 0.98. A pixel at the threshold
     is highlighted. per: "union" of the planes, or "plane": each plane by itself, and their mean (a box, a lesion, one
     of BrixIA's six regions a plane). region, sign: see the module and `normalisation.py`.
@@ -166,16 +168,10 @@ class IoU:
 
     def _thresholds(self, heatmap: Tensor) -> Tensor:
         """float64 [B, T]: T is 1, or the levels of "best". Under a map without a positive value: infinity."""
-        values = heatmap.double().flatten(1)
-        if self.rule == "otsu":
-            return otsu(heatmap).double()[:, None]
-        if self.rule == "quantile":
-            return quantile(values, torch.tensor([self.level], dtype=torch.float64, device=values.device))
-        if self.rule == "mean_std":
-            return values.mean(1, keepdim=True) + self.level * values.std(1, correction=0, keepdim=True)
-        shares = _sweep(values) if self.rule == "best" else values.new_tensor([self.level])
-        highest = values.amax(1, keepdim=True)
-        return torch.where(highest > 0, shares * highest, torch.inf)
+        if self.rule != "best":
+            return cut(heatmap, self.rule, self.level)[:, None]
+        highest = heatmap.double().flatten(1).amax(1, keepdim=True)
+        return torch.where(highest > 0, _sweep(highest) * highest, torch.inf)
 
 
 @dataclass(frozen=True)

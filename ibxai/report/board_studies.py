@@ -15,7 +15,17 @@ import pandas as pd
 from ibxai.report.board_figures import MOST_SHOWN, Figure
 from ibxai.report.charts import CONTEXT, LINES_IN_A_CHART, Line, line_chart, value_axis
 from ibxai.report.render import count, span
-from ibxai.report.studies import CONTROL, WHOLE, StudyResult, differing_variants, over_repeats, step_axis, study_line
+from ibxai.report.studies import (
+    CONTROL,
+    WHOLE,
+    StudyResult,
+    differing_variants,
+    grade_ticks,
+    of_grades,
+    over_repeats,
+    step_axis,
+    study_line,
+)
 
 Entry = Mapping[str, Any]
 
@@ -51,13 +61,13 @@ def board_studies(names: Sequence[str], studies: Sequence[Sequence[StudyResult]]
             alike.setdefault(result.key.folder, {})[name] = result
     shared = {folder: results for folder, results in sorted(alike.items()) if len(results) > 1}
     variants = differing_variants([next(iter(results.values())).key for results in shared.values()])
-    return [_study(results, variants[folder]) for folder, results in shared.items()]
+    compared = [_study(results, variants[folder]) for folder, results in shared.items()]
+    return [study for study in compared if study.figures]
 
 
 def _study(results: Mapping[str, StudyResult], variant: str) -> BoardStudy:
     first = next(iter(results.values()))
-    of_fractions = "fraction" in first.places
-    charts = _fraction_charts(results) if of_fractions else _step_charts(results)
+    charts = _charts(results, first.places)
     return BoardStudy(
         title=first.title,
         variant=variant,
@@ -65,6 +75,32 @@ def _study(results: Mapping[str, StudyResult], variant: str) -> BoardStudy:
         unfinished=[name for name, result in results.items() if not result.finished],
         figures=[_figure(chart) for chart in charts],
     )
+
+
+def _charts(results: Mapping[str, StudyResult], places: Sequence[str]) -> list[_Chart]:
+    if "fraction" in places:
+        return _fraction_charts(results)
+    if "studies" in places:
+        return _severity_charts(results)
+    return _step_charts(results) if {"step", "labels"} & set(places) else []
+
+
+def _severity_charts(results: Mapping[str, StudyResult]) -> list[_Chart]:
+    """The hot share by true grade, and how well each grading does."""
+    found = {name: over_repeats(result) for name, result in results.items()}
+    note = "Mean over the studies; bands are 95 % bootstrap intervals."
+    shares = {name: of_grades(e for e in own if e["metric"] == "hot_share") for name, own in found.items()}
+    ticks = grade_ticks(point for points in shares.values() for point in points)
+    charts = [_Chart("Hot share of the lung", "true grade", "hot share", note, shares, ticks)]
+    gradings = list(dict.fromkeys(e["grading"] for own in found.values() for e in own if e["metric"] == "accuracy"))
+    for metric in ("quadratic_kappa", "accuracy"):
+        lines = {
+            name: [{**e, "fraction": gradings.index(e["grading"])} for e in own if e["metric"] == metric]
+            for name, own in found.items()
+        }
+        named = metric.replace("_", " ")
+        charts.append(_Chart(named.capitalize(), "grading", named, note, lines, dict(enumerate(gradings))))
+    return charts
 
 
 def _fraction_charts(results: Mapping[str, StudyResult]) -> list[_Chart]:

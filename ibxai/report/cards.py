@@ -1,17 +1,21 @@
-"""One card a shown sample: its picture, its heatmap, what was explained, what its hottest pixels show, its scores."""
+"""One card a shown sample: its picture or text with its heatmap, what was explained, what its hottest pixels show, its
+scores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ibxai.report.curves import Chart, CurveSet
-from ibxai.report.figures import Scale, map_picture, overlay, scale_of, split_at_top, write_overlay
+from ibxai.report.figures import Scale, map_picture, outlined, overlay, scale_of, split_at_top, write_overlay
 from ibxai.report.render import ends, image_uri
 from ibxai.report.tables import MetricScores
+from ibxai.report.words import Piece, coloured
 from ibxai.store import DamagedFile, Row, RunStore, StoredHeatmap
 
 MOST_CARDS = 24
@@ -30,14 +34,19 @@ class TopPixels:
     removed: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a card shows. Pictures are data URIs; minimum, maximum and total are of the raw map's finite pixels."""
+    """What a card shows. Pictures are data URIs, "" of a text, which has pieces instead; minimum, maximum and total are
+    of the raw map's finite values.
+    """
 
     row: Row
-    picture: str
-    overlay: str
-    map: str
+    picture: str = ""
+    overlay: str = ""
+    outlined: bool = False
+    map: str = ""
+    tops: list[TopPixels] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     scale: Scale
     ends: tuple[str, str]
     unit: str
@@ -53,7 +62,6 @@ class Card:
     explains_prediction: bool
     label: str | None
     misclassified: bool
-    tops: list[TopPixels]
     charts: list[Chart]
     values: list[tuple[str, float]]
     diagnostics: list[tuple[str, float]]
@@ -70,36 +78,53 @@ def make_cards(store: RunStore, scores: Sequence[MetricScores], curves: Sequence
         if row.row_id not in finished:
             continue
         try:
-            picture = store.read_picture(row.row_id)
-            if picture is not None:
-                cards.append(_card(store, row, picture, store.read_heatmap(row.row_id), names, scores, curves))
-        except (DamagedFile, UnidentifiedImageError, OSError):
+            words, picture = store.read_words(row.row_id), store.read_picture(row.row_id)
+            if words is None and picture is None:
+                continue
+            stored = store.read_heatmap(row.row_id)
+            if words is not None:
+                looks: dict[str, Any] = {"pieces": coloured(*words, stored.heatmap)}
+            else:
+                assert picture is not None
+                looks = _pictures(store, row, picture, stored.heatmap)
+            cards.append(_card(row, looks, stored, names, scores, curves))
+        except (DamagedFile, UnidentifiedImageError, OSError, ValueError):
             continue  # the next run makes the file again
     return cards
 
 
+def _pictures(store: RunStore, row: Row, picture: np.ndarray, heatmap: np.ndarray) -> dict[str, Any]:
+    """What a card shows of a picture and its map; writes the overlay."""
+    heat, outline = overlay(picture, heatmap), store.read_outline(row.row_id)
+    if outline is not None and outline.shape == heatmap.shape:
+        heat = outlined(heat, outline)
+    write_overlay(store, row.row_id, heat)
+    return {
+        "picture": image_uri(_shown(picture), "jpeg"),
+        "overlay": image_uri(_shown(heat), "jpeg"),
+        "outlined": outline is not None,
+        "map": image_uri(_shown(map_picture(heatmap)), "png"),
+        "tops": _top_pixels(picture, heatmap),
+    }
+
+
 def _card(
-    store: RunStore,
     row: Row,
-    picture: np.ndarray,
+    looks: Mapping[str, Any],
     stored: StoredHeatmap,
     names: list[str] | None,
     scores: Sequence[MetricScores],
     curves: Sequence[CurveSet],
 ) -> Card:
-    heat = overlay(picture, stored.heatmap)
-    write_overlay(store, row.row_id, heat)
     scale = scale_of(stored.heatmap)
     finite = stored.heatmap[np.isfinite(stored.heatmap)].astype(np.float64)
     regressed = stored.target_value if np.isnan(stored.target_probability) else None
     return Card(
         row=row,
-        picture=image_uri(_shown(picture), "jpeg"),
-        overlay=image_uri(_shown(heat), "jpeg"),
-        map=image_uri(_shown(map_picture(stored.heatmap)), "png"),
+        **looks,
         scale=scale,
         ends=ends(scale.low, scale.high),
-        unit=_UNITS.get(stored.unit, stored.unit),
+        unit=_UNITS.get(stored.unit, stored.unit) if stored.heatmap.ndim == 2 else stored.unit,
         minimum=float(finite.min()) if finite.size else np.nan,
         maximum=float(finite.max()) if finite.size else np.nan,
         total=float(finite.sum()) if stored.unit == "bits" and finite.size else None,
@@ -112,7 +137,6 @@ def _card(
         explains_prediction=stored.target == stored.prediction,
         label=None if row.label is None else class_name(row.label, names),
         misclassified=regressed is None and row.label is not None and row.label != stored.prediction,
-        tops=_top_pixels(picture, stored.heatmap),
         charts=[chart for curve_set in curves if (chart := curve_set.row_chart(row)) is not None],
         values=_values_of(row, scores),
         diagnostics=[(name, float(value)) for name, value in stored.diagnostics.items() if np.ndim(value) == 0],

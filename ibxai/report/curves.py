@@ -7,7 +7,7 @@ method, metric, fraction, mean, low, high, n. It is there when a metric has a cu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -58,8 +58,14 @@ _SCORE_READINGS = {
 }
 
 
-def kind_of(key: MetricKey) -> Kind:
-    """By the beginning of the metric's name: insertion_input_iba is an insertion."""
+def kind_of(key: MetricKey, places: str = "pixels") -> Kind:
+    """By the beginning of the metric's name: insertion_input_iba is an insertion. places: what a map has values of."""
+    kind = _kind_of(key)
+    x_label, reading = (text.replace("pixels", places) for text in (kind.x_label, kind.reading))
+    return replace(kind, x_label=x_label, reading=reading)
+
+
+def _kind_of(key: MetricKey) -> Kind:
     if key.name.startswith("sensitivity_n"):
         return _SENSITIVITY_N
     if key.name.startswith("iou"):
@@ -172,11 +178,12 @@ class CurveSet:
 
     @property
     def kind(self) -> Kind:
-        kinds = [kind_of(metric.key) for metric in self.metrics]
+        places = self.metrics[0].places
+        kinds = [kind_of(metric.key, places) for metric in self.metrics]
         if len({kind.x_label for kind in kinds}) == 1:
             return kinds[0]
         known = all(metric.key.name.startswith(("insertion", "deletion")) for metric in self.metrics)
-        return Kind("fraction of pixels inserted or deleted" if known else "fraction", kinds[0].y_label)
+        return Kind(f"fraction of {places} inserted or deleted" if known else "fraction", kinds[0].y_label)
 
     def mean_chart(self) -> Chart:
         """The mean of every metric over all its rows, with the 95 % bootstrap interval over groups as a band."""
@@ -216,7 +223,7 @@ class CurveSet:
         note += f", up to {undefined:,} more undefined. " if undefined else ". "
         if any(mean.banded for mean in self.means):
             note += "The bands are 95\N{NARROW NO-BREAK SPACE}% bootstrap intervals, point by point. "
-        return note + " ".join(dict.fromkeys(kind_of(metric.key).reading for metric in self.metrics))
+        return note + " ".join(dict.fromkeys(kind_of(metric.key, metric.places).reading for metric in self.metrics))
 
 
 def curve_sets(scores: Sequence[MetricScores], means: dict[str, MeanCurve]) -> list[CurveSet]:

@@ -22,6 +22,7 @@ _SEQUENTIAL, _DIVERGING = "inferno", "coolwarm"
 _ROBUST = (1.0, 99.5)  # percentiles
 _NEGLIGIBLE = 0.01  # negative values below this part of the largest magnitude are rounding, not a sign
 _UNDEFINED_COLOUR = np.array([128, 128, 128], dtype=np.uint8)
+_OUTLINES = {1: (0, 229, 255), 2: (124, 252, 0)}  # found: cyan, annotated: green; the warm scales have neither
 _MOST_OPAQUE = 0.75
 _BLUR = 0.045  # deviation of the blur that hides pixels, as a part of the longer side: 10 pixels of 224
 _KEPT_COLOUR = 0.35  # of the photograph's own colour under the heat: enough to recognise, too little to compete
@@ -91,6 +92,14 @@ def overlay(picture: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     calm = _KEPT_COLOUR * picture + (1 - _KEPT_COLOUR) * grey
     heat = colormaps[scale.colours](place)[..., :3] * 255
     return np.rint((1 - opacity) * calm + opacity * heat).astype(np.uint8)
+
+
+def outlined(pixels: np.ndarray, outline: np.ndarray) -> np.ndarray:
+    """The picture uint8 [H, W, 3] with the borders of `types.DrawsOutlines`, uint8 [H, W], in their colours."""
+    drawn = pixels.copy()
+    for kind, colour in _OUTLINES.items():
+        drawn[outline == kind] = colour
+    return drawn
 
 
 def split_at_top(picture: np.ndarray, heatmap: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray] | None:

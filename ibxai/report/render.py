@@ -19,8 +19,8 @@ _THIN = "\N{NARROW NO-BREAK SPACE}"
 _MINUS = "\N{MINUS SIGN}"
 
 
-def render(template: str, context: Mapping[str, Any]) -> bytes:
-    """The page as UTF-8. Ids that are no valid Unicode are shown with "?" where they are not."""
+def render(template: str, context: Mapping[str, Any], script: str = "page.js") -> bytes:
+    """The page as UTF-8. Ids that are no valid Unicode are shown with "?" where they are not. script: what it runs."""
     environment = Environment(
         loader=PackageLoader("ibxai.report", "templates"),
         autoescape=True,
@@ -30,13 +30,13 @@ def render(template: str, context: Mapping[str, Any]) -> bytes:
     )
     environment.filters |= {"number": number, "count": count, "percent": percent, "moment": moment}
     environment.filters |= {"duration": duration, "p_value": p_value, "breakable": breakable, "span": span}
-    script = _source(environment, "page.js")
+    code = _source(environment, script)
     page = environment.get_template(template).render(
         **context,
         style=_source(environment, "page.css"),
-        script=script,
+        script=code,
         # the browser itself keeps the promise: no request leaves the page, no script but this one runs
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_digest=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
         colour_bars=colour_bars(),
     )
     return page.encode("utf-8", "replace")

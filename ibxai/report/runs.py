@@ -166,4 +166,6 @@ def _settings(run: Run) -> dict[str, str]:
     method = run.identity.get("method")
     settings = {**method} if isinstance(method, Mapping) else {}
     settings["seed"] = run.identity.get("seed")
+    attack = run.identity.get("attack")
+    settings["attack"] = attack["class"].rpartition(".")[2] if attack else "none"
     return {str(name): json.dumps(value, default=str) for name, value in settings.items() if value is not None}

@@ -64,16 +64,16 @@ def _all_draws(groups: int) -> Iterable[np.ndarray]:
         return [_few_draws(groups)]
     generator, chunk = np.random.default_rng(_SEED), max(1, _DRAWS_AT_ONCE // groups)
     sizes = (min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk))
-    return (_times_drawn(generator, size, groups) for size in sizes)
+    return (times_drawn(generator, size, groups) for size in sizes)
 
 
 @lru_cache(maxsize=2)
 def _few_draws(groups: int) -> np.ndarray:
     """Drawn once for all metrics and runs of a report."""
-    return _times_drawn(np.random.default_rng(_SEED), RESAMPLES, groups)
+    return times_drawn(np.random.default_rng(_SEED), RESAMPLES, groups)
 
 
-def _times_drawn(generator: np.random.Generator, resamples: int, groups: int) -> np.ndarray:
+def times_drawn(generator: np.random.Generator, resamples: int, groups: int) -> np.ndarray:
     """[resamples, groups]: how often each group comes in each resample."""
     drawn = generator.integers(groups, size=(resamples, groups))
     drawn += np.arange(resamples)[:, None] * groups

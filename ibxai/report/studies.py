@@ -27,12 +27,15 @@ from ibxai.store import MetricKey, RunStore
 
 COLUMNS = ["metric", "value", "low", "high", "n", "undefined", "sign", "settings"]
 CONTROL, WHOLE = "random_control", "untouched"  # as ROAR names its estimators
+GRADES = "CT-"  # as severity names the studies of one grade
 _REPEAT = "repeat"
 _TITLES = {
     "roar": "ROAR: accuracy after training again without the pixels that the map puts first",
     "roar_keep": "ROAR, keep variant: accuracy after training again on the pixels that the map puts first",
     "parameter_randomization": "Parameter randomisation: similarity to the original map",
     "label_randomization": "Label randomisation: similarity to the original map",
+    "severity": "Severity: grades CT-0 to CT-4 from the share of the lung that is hot",
+    "reveal": "Reveal: what the network says when one region alone is shown",
 }
 _NOTES = {
     "roar": "A method is good when its line falls below the random control's: the network misses what was taken out.",
@@ -41,6 +44,10 @@ _NOTES = {
     "is that of a map which does not depend on them. Step 0 is the method's own noise.",
     "label_randomization": "The map of a network that was taught random labels should be less alike than that of "
     '"true", another network that was taught the true ones.',
+    "severity": "A method is good when the share rises with the grade and is small at CT-0, where all heat is false. "
+    "The threshold, and heat a pixel, are in the map's unit.",
+    "reveal": "A region that should not matter, such as burned-in letters, gives itself away when showing it alone "
+    "brings the class back.",
 }
 
 
@@ -137,7 +144,8 @@ def _table(key: MetricKey, cells: Sequence[Cell]) -> pd.DataFrame:
             found = {"value": known.mean() if len(known) else np.nan, "low": low, "high": high}
             lines.append({**common, "metric": metric, **found, "n": len(known), "undefined": len(values) - len(known)})
         for metric, value in cell.totals.items():
-            lines.append({**common, "metric": metric, "value": value})
+            low, high = cell.intervals.get(metric, (np.nan, np.nan))
+            lines.append({**common, "metric": metric, "value": value, "low": low, "high": high})
     table = pd.DataFrame(lines)
     return table.reindex(columns=[*(c for c in table.columns if c not in COLUMNS), *COLUMNS]).astype(
         {"n": "Int64", "undefined": "Int64"}
@@ -161,9 +169,9 @@ def _intervals(cells: Sequence[Cell]) -> dict[tuple[int, str], tuple[float, floa
 
 def differing_variants(keys: Sequence[MetricKey]) -> dict[str, str]:
     """Folder -> what sets apart studies of one name; the digests of their pictures would tell a reader nothing."""
+    digests = ("samples", "train", "annotations")
     told = {
-        key.folder: MetricKey(key.name, {k: v for k, v in key.settings.items() if k not in ("samples", "train")})
-        for key in keys
+        key.folder: MetricKey(key.name, {k: v for k, v in key.settings.items() if k not in digests}) for key in keys
     }
     differing = differing_settings(told.values())
     return {folder: differing.get(reduced.folder, "") for folder, reduced in told.items()}
@@ -174,7 +182,7 @@ def _section(result: StudyResult, variant: str) -> StudySection:
     metrics = list(dict.fromkeys(result.table["metric"]))
     pooled = over_repeats(result)
     kept = {name: [entry for entry in pooled if entry["metric"] == name] for name in metrics}
-    charts = _fraction_charts(kept) if "fraction" in places else _step_charts(kept)
+    charts = _charts(kept, places)
     lines = []
     for place in dict.fromkeys(tuple(entry[name] for name in places) for entry in pooled):
         at = {e["metric"]: e for e in pooled if tuple(e[name] for name in places) == place}
@@ -204,6 +212,42 @@ def over_repeats(result: StudyResult) -> list[dict[str, Any]]:
         named = dict(zip([*places, "metric"], at, strict=True))
         found.append({**named, "value": values.mean(), "low": edges[0], "high": edges[1]})
     return found
+
+
+def _charts(kept: Mapping[str, Sequence[Mapping[str, Any]]], places: Sequence[str]) -> list[StudyChart]:
+    """A study with other coordinates has its table alone."""
+    if "fraction" in places:
+        return _fraction_charts(kept)
+    if "studies" in places:
+        return _grade_charts(kept)
+    return _step_charts(kept) if {"step", "labels"} & set(places) else []
+
+
+def of_grades(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of severity that are about one true grade, with the grade as their abscissa."""
+    return [
+        {**entry, "fraction": int(entry["studies"].removeprefix(GRADES))}
+        for entry in entries
+        if entry["studies"].startswith(GRADES)
+    ]
+
+
+def grade_ticks(points: Iterable[Mapping[str, Any]]) -> dict[float, str]:
+    return {float(point["fraction"]): point["studies"] for point in points}
+
+
+def _grade_charts(kept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[StudyChart]:
+    """The share of the lung that is hot, by true grade."""
+    points = of_grades(kept.get("hot_share", []))
+    if not points:
+        return []
+    x_axis, line = step_axis(grade_ticks(points)), study_line(points, 0)
+    svg = line_chart([line], "Hot share of the lung by grade", 420, 270, "true grade", "hot share", x_axis=x_axis)
+    notes = ["Mean over the studies; bands are 95 % bootstrap intervals."]
+    for metric in ("accuracy", "quadratic_kappa"):
+        graded = "; ".join(f"{entry['grading']} {_shown(entry)}" for entry in kept.get(metric, []))
+        notes.append(f"{metric.replace('_', ' ').capitalize()}: {graded}.")
+    return [StudyChart("Hot share of the lung", svg, [], " ".join(notes))]
 
 
 def _fraction_charts(kept: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[StudyChart]:

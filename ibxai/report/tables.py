@@ -36,7 +36,7 @@ class MetricScores:
     """One metric of a run, read once. label: what it is called in tables and pages.
 
     rows: the scored rows, in dataset order. values: name -> [N], NaN where a row lacks it. curves: name -> one
-    array [S] a row, or None (S may differ between rows).
+    array [S] a row, or None (S may differ between rows). places: what a map has values of, pixels or words.
     """
 
     key: MetricKey
@@ -44,6 +44,7 @@ class MetricScores:
     rows: list[Row]
     values: dict[str, np.ndarray]
     curves: dict[str, list[np.ndarray | None]]
+    places: str = "pixels"
 
     @cached_property
     def place(self) -> dict[str, int]:
@@ -95,6 +96,7 @@ def _read_metric(store: RunStore, key: MetricKey, label: str, rows: Sequence[Row
         rows=scored,
         values=values,
         curves={n: [e.get(n) for e in entries] for n, is_curve in names if is_curve},
+        places="words" if store.holds_texts() else "pixels",
     )
 
 

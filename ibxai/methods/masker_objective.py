@@ -1,0 +1,120 @@
+"""The terms of a Boolean masker's objective: as few nats as possible through the mask that still name the class.
+
+rho(i) is the chance of each pixel to be visible, m ~ Bernoulli(rho) the mask, i.m the masked picture with m beside it.
+
+    m       = 1[a + logit u > 0], a = logit rho, u uniform; backwards as sigmoid((a + logit u) / temperature) (sec. 3.3)
+    -log g  = sum -(1 - m) log(1 - r) - m [log r - (i - i^)^2 / 2 sigma^2] + KL(q(z | i.m) || N(0, 1))           (Eq. 7)
+    H(M|I)  = -sum m log rho + (1 - m) log(1 - rho)                                                              (Eq. 8)
+    m'      = max(m, transparent rectangles)                                                              (secs. 3, 4.3)
+
+r and i^ are what the decoder makes of z. All are nats summed over the pixels, one number a picture; as in the paper the
+constant of the Gaussian is left out, so that its targets of -log g (12, 25, 50, 2000) mean the same here.
+
+Reference: Zhmoginov, Fischer, Sandler, "Information-Bottleneck Approach to Salient Region Discovery", 2019.
+
+Differently from the paper, which says no more than Gumbel-softmax, the mask is Boolean in training too (the straight-
+through form of Jang et al., ICLR 2017): no pixel shines through, and the classifier learns on what it meets later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ibxai.errors import UserError
+from ibxai.methods.settings import check_choice, check_not_negative, check_positive
+
+ControlName = Literal["stop", "adapt"]
+CONTROLS: tuple[str, ...] = get_args(ControlName)
+_SMALLEST_BETA = 1e-6  # so that it can rise again
+
+
+def boolean_mask(logits: Tensor, chances: Tensor, temperature: float) -> Tensor:
+    """0 or 1, shaped as the logits [B, 1, H, W] of rho; its gradient is the relaxed mask's. chances: of (0, 1)."""
+    relaxed = ((logits + chances.logit()) / temperature).sigmoid()
+    return (relaxed > 0.5).to(relaxed.dtype) + (relaxed - relaxed.detach())
+
+
+def weighted_gradient(mask: Tensor, weight: Tensor | float) -> Tensor:
+    """The mask itself; what flows back through it is multiplied by the weight."""
+    return mask.detach() + weight * (mask - mask.detach())
+
+
+def with_rectangles(mask: Tensor, chances: Tensor, sides: tuple[float, float]) -> Tensor:
+    """The mask [B, 1, H, W] with transparent rectangles, each side within `sides` of the picture's.
+
+    chances: [B, R, 4] of (0, 1): height, width, top, left of R rectangles a picture.
+    """
+    height, width = mask.shape[2:]
+    extent = sides[0] + (sides[1] - sides[0]) * chances[..., :2]
+    start = chances[..., 2:] * (1 - extent)
+    inside = []
+    for axis, length in enumerate((height, width)):
+        centres = (torch.arange(length, device=mask.device) + 0.5) / length
+        first, last = start[..., axis, None], (start + extent)[..., axis, None]
+        inside.append((centres >= first) & (centres < last))
+    covered = (inside[0][..., :, None] & inside[1][..., None, :]).any(1, keepdim=True)
+    return torch.where(covered, torch.ones_like(mask), mask)
+
+
+def mask_nats(mask: Tensor, logits: Tensor) -> Tensor:
+    """[B]: what the mask costs as Bernoullis of these logits, [B, 1, H, W] each. Of rho's own logits it is Eq. 8."""
+    return -(mask * F.logsigmoid(logits) + (1 - mask) * F.logsigmoid(-logits)).flatten(1).sum(1)
+
+
+def pixel_nats(pixels: Tensor, means: Tensor, mask: Tensor | float, sigma: float) -> Tensor:
+    """[B]: what the visible pixels [B, C, H, W] cost as Gaussians round these means, without their constant."""
+    return (mask * (pixels - means) ** 2 / (2 * sigma**2)).flatten(1).sum(1)
+
+
+def latent_nats(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """[B]: KL(N(mean, exp log_variance) || N(0, 1)), summed over the latent [B, D]."""
+    return (0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)).sum(1)
+
+
+@dataclass(frozen=True)
+class Control:
+    """How beta keeps the autoencoder's loss, the mean of a batch, where it is wanted (sec. 4).
+
+    kind: "stop", beta while the loss is above the target and 0 below; "adapt", beta rises by `rate` a step while the
+    loss is above the target by more than `tolerance` of it, and falls below it alike. target: nats. beta: the weight,
+    or the first one. What it is in a step is decided by the loss of the step before, which saves a second pass.
+    Ours, as the paper's trainings are longer: warmup, the share of the training in which the classifier learns alone,
+    so that it knows what to look at before pixels are taken away; fall, the share, from there on, over which the target
+    comes down geometrically from the loss that was there; pace, the masking network's learning rate as a share of the
+    others', so that they can follow it.
+    """
+
+    kind: ControlName = "stop"
+    target: float = 12.0
+    beta: float = 0.003
+    rate: float = 0.01
+    tolerance: float = 0.05
+    warmup: float = 0.25
+    fall: float = 0.4
+    pace: float = 0.3
+
+    def __post_init__(self) -> None:
+        part = "method.control"
+        check_choice(self, "kind", *CONTROLS)
+        check_positive(self, "target", "beta", "rate", "pace", part=part)
+        check_not_negative(self, "tolerance", "warmup", "fall", part=part)
+        if self.warmup + self.fall >= 1:
+            raise UserError(f"{part}.warmup and {part}.fall are {self.warmup} and {self.fall}: together below 1.")
+
+    def target_at(self, progress: float, first: float) -> float:
+        """Nats. progress: done share of the training. first: the loss at the end of the warmup."""
+        share = 1.0 if self.fall == 0 else min(max((progress - self.warmup) / self.fall, 0), 1)
+        return self.target * max(first / self.target, 1) ** (1 - share)
+
+    def next_beta(self, beta: float, loss: float, target: float) -> float:
+        """beta for the next step, after a step with this loss. beta: the one before."""
+        if self.kind == "stop":
+            return self.beta if loss > target else 0.0
+        if abs(loss - target) <= self.tolerance * target:
+            return beta
+        return beta * (1 + self.rate) if loss > target else max(beta / (1 + self.rate), _SMALLEST_BETA)
