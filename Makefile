@@ -1,17 +1,22 @@
 # make demo    a first run, from nothing: environment, install, heatmaps, report
 # make test    the whole test suite, from nothing
 # make help    all targets
+# make paper-igospp SCALE=smoke    a paper's tables and figures beside the published numbers
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+SCALE    ?= smoke
+SETTINGS ?=
+PAPERS   := paper-iba-covid-ct paper-chexplain paper-igospp paper-input-iba paper-salient-region
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types wheel lock clean
+.PHONY: help setup demo test lint format types wheel lock clean $(PAPERS)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 29
 
 setup: $(READY)  ## .venv with the project (editable) and everything it is developed with, at the locked versions
 
@@ -26,6 +31,15 @@ demo: $(READY)  ## explain seven photographs with a trained network, on this mac
 
 test: $(READY)  ## the test suite
 	$(BIN)/python -m pytest
+
+paper-iba-covid-ct:    ## IBA-CT's tables and figures, computed; SCALE=full on MosMed, else on made slices
+paper-chexplain:       ## CheXplain's; SCALE=full on ChestX-ray8 and BrixIA
+paper-igospp:          ## iGOS++'s; SCALE=full on ImageNet, COVIDx and Fashion-MNIST
+paper-input-iba:       ## InputIBA's; SCALE=full on ImageNet, CIFAR-10 and IMDB
+paper-salient-region:  ## the salient regions'; SCALE=full on MNIST, CIFAR-10 and SVHN
+
+$(PAPERS): $(READY)
+	$(BIN)/python scripts/paper.py $(@:paper-%=%) --scale $(SCALE) $(SETTINGS)
 
 lint: $(READY)  ## ruff: style and format
 	$(BIN)/ruff check .
