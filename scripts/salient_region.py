@@ -38,7 +38,7 @@ from ibxai.types import Sample
 
 _ANCHORS = (
     *("method=boolean_masker_cifar10", "dataset=mnist_anchors", "method.networks.channels=1"),
-    *("method.control.target=12", "dataset.train_size=10000", "epochs=20"),
+    *("method.control.target=12", "dataset.train_size=10000", "epochs=15"),
 )
 EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "anomaly": ("method=boolean_masker", "dataset=mnist_anomaly"),
@@ -132,7 +132,7 @@ def _pictures(learner: MaskerLearner, samples: Sequence[Sample]) -> Pictures:
 def _said(model: MaskerModel, pictures: Pictures, draw: int, randomised: bool) -> Tensor:
     keys = sample_keys(0, pictures.ids, "salient region")
     logits = model.logits(pictures.inputs)
-    mask = boolean_mask(logits, uniform(keys, 2 * draw, logits.shape[1:]), 1.0)
+    mask = boolean_mask(logits, uniform(keys, 2 * draw, logits.shape[1:]))
     if randomised:
         mask = with_rectangles(mask, uniform(keys, 2 * draw + 1, (1, 4)), SIDES)
     return model.says(pictures.inputs, mask)

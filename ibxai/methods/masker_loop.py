@@ -30,9 +30,8 @@ class MaskerLearning(lightning.LightningModule):
         super().__init__()
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # half again as fast on a CPU
         self.model, self.recipe, self.control, self.seed = model, recipe, control, seed
-        self.register_buffer("beta", torch.zeros((), dtype=torch.float64))
-        # the autoencoder's loss in its first step, and in the last one
-        self.register_buffer("seen", torch.full((2,), torch.inf, dtype=torch.float64))
+        self.register_buffer("beta", torch.tensor(control.beta, dtype=torch.float64))
+        self.register_buffer("seen", torch.tensor(torch.inf, dtype=torch.float64))  # the autoencoder's last loss
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.seed + 1_000_003 * (self.current_epoch + 1) + self.global_rank)
@@ -40,12 +39,12 @@ class MaskerLearning(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         inputs, labels = batch
         if self.model.classifier is not None and self._progress() < self.control.warmup:
-            loss = F.cross_entropy(self.model.unmasked(inputs), labels)
+            loss = F.cross_entropy(self.model.at_first(inputs), labels)
             self.log("training_loss", loss, on_step=False, on_epoch=True, batch_size=len(inputs))
             return loss
         beta = self._next_beta()
         terms = self.model(inputs, labels, beta)
-        self.seen[1] = terms.autoencoder.detach().mean()
+        self.seen[...] = terms.autoencoder.detach().mean()
         loss = terms.loss(1.0 if self.model.objective.name == "conditional" else beta)  # there H(M|I) has no weight
         self.log("training_loss", loss, on_step=False, on_epoch=True, batch_size=len(inputs))
         return loss
@@ -84,11 +83,6 @@ class MaskerLearning(lightning.LightningModule):
         return self.global_step / int(self.trainer.estimated_stepping_batches)
 
     def _next_beta(self) -> float:
-        control = self.control
-        if self.seen[1].isinf():  # the first step behind the warmup shows where the loss is
-            return 0.0
-        if self.seen[0].isinf():
-            self.seen[0], self.beta[...] = self.seen[1], control.beta
-        target = control.target_at(self._progress(), float(self.seen[0]))
-        self.beta[...] = control.next_beta(float(self.beta), float(self.seen[1]), target)
+        if not self.seen.isinf():  # the first step behind the warmup shows where the loss is
+            self.beta[...] = self.control.next_beta(float(self.beta), float(self.seen))
         return float(self.beta)

@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from ibxai.backbones.masker_networks import classifier, decoder, encoder, masking_network
 from ibxai.errors import UserError
 from ibxai.methods.masker_objective import (
-    boolean_mask,
     latent_nats,
     mask_nats,
     pixel_nats,
+    relaxed_mask,
+    straight_through,
     weighted_gradient,
     with_rectangles,
 )
@@ -176,6 +177,11 @@ class MaskerModel(nn.Module):
         """[B, classes]: the classifier's logits of pictures as they are."""
         return self.says(inputs, torch.ones_like(inputs[:, :1]))
 
+    def at_first(self, inputs: Tensor) -> Tensor:
+        """[B, classes]: the classifier's logits behind masks as open as the first ones are, wherever that is."""
+        mask = _chances((len(inputs), 1, *inputs.shape[2:]), inputs) < self.objective.initial_rho
+        return self.says(inputs, mask.to(inputs.dtype))
+
     def answers(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """long [B]: the classes that masked pictures are to tell: the labels, or what a given network says."""
         if self.given is None:
@@ -187,10 +193,10 @@ class MaskerModel(nn.Module):
         """The terms of a batch. beta: weight of the compression in the masking network's gradient."""
         chosen, labels = self.objective, self.answers(inputs, labels)
         logits, pixels = self.logits(inputs), self.pixels(inputs)
-        mask = boolean_mask(logits, _chances(logits.shape, inputs), chosen.temperature)
-        seen = mask
+        mask = relaxed_mask(logits, _chances(logits.shape, inputs), chosen.temperature)
+        seen = straight_through(mask)
         if chosen.rectangles:
-            seen = with_rectangles(mask, _chances((len(inputs), chosen.rectangles, 4), inputs), chosen.sides)
+            seen = with_rectangles(seen, _chances((len(inputs), chosen.rectangles, 4), inputs), chosen.sides)
         said = self.says(inputs, seen)
         autoencoder, others = self.compressed(pixels, mask, labels, beta)
         return Terms(

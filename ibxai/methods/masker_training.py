@@ -176,7 +176,7 @@ def criteria(
         rho = model.logits(inputs)
         agreeing, correct, nats = torch.zeros(3, len(inputs)).unbind()
         for draw in range(DRAWS):
-            mask = boolean_mask(rho, uniform(keys, 2 * draw, rho.shape[1:]), chosen.temperature)
+            mask = boolean_mask(rho, uniform(keys, 2 * draw, rho.shape[1:]))
             rectangle = uniform(keys, 2 * draw + 1, (max(chosen.rectangles, 1), 4))
             said = model.says(inputs, mask).argmax(1)
             with_more = model.says(inputs, with_rectangles(mask, rectangle, chosen.sides)).argmax(1)
