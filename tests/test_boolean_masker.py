@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lightning
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from ibxai import pipeline, train
 from ibxai.backbones.masker_networks import classifier, decoder, encoder, masking_network
-from ibxai.backbones.training import Recipe
+from ibxai.backbones.training import InMemory, Recipe, collated
 from ibxai.catalogue import entries
 from ibxai.config import build
 from ibxai.errors import UserError
 from ibxai.methods.boolean_masker import BooleanMasker
+from ibxai.methods.masker_loop import MaskerLearning
 from ibxai.methods.masker_model import MaskerModel, Networks, Objective
 from ibxai.methods.masker_objective import (
     Control,
@@ -56,7 +58,11 @@ TINY = Networks(
     channels=3,
     latent=4,
 )
-OBJECTIVE = Objective("bottleneck", 0.5, 0.5, 0, (0.2, 0.5), 0.9)
+OBJECTIVE = Objective("bottleneck", 0.5, 0.5, 0, (0.2, 0.5), 0.9, 1.0)
+QUICK = Recipe(epochs=4, batch_size=3, learning_rate=0.01, weight_decay=0.0)
+CONTROL = Control(
+    kind="stop", target=12.0, beta=0.01, rate=0.01, tolerance=0.05, joint=True, warmup=0.2, tuning=0.0, ramp=0.0
+)
 
 
 def masker_of(name: str, **changed: Any) -> BooleanMasker:
@@ -156,20 +162,26 @@ def test_rectangles_open_the_mask_and_never_close_it() -> None:
 
 
 def test_stopping_beta() -> None:
-    control = Control(kind="stop", target=12, beta=0.02)
+    control = replace(CONTROL, target=12, beta=0.02)
     assert control.next_beta(0.5, 12.1) == 0.02
     assert control.next_beta(0.5, 11.9) == 0
 
 
 def test_adapting_beta_finds_the_weight_that_keeps_the_target() -> None:
     """A loss that falls with beta, 30 / (1 + beta / .05): 12 nats are reached at beta = .075."""
-    control, beta = Control(kind="adapt", target=12, beta=0.001, rate=0.02, tolerance=0.02), 0.001
+    control, beta = replace(CONTROL, kind="adapt", target=12, beta=0.001, rate=0.02, tolerance=0.02), 0.001
     for _ in range(600):
         beta = control.next_beta(beta, 30 / (1 + beta / 0.05))
     assert 30 / (1 + beta / 0.05) == pytest.approx(12, rel=0.03)
     for _ in range(2000):
         beta = control.next_beta(beta, 1.0)
     assert 0 < beta < 1e-5
+
+
+def test_beta_rises_behind_the_warmup() -> None:
+    control = replace(CONTROL, warmup=0.5, ramp=0.2)
+    assert [control.risen(p) for p in (0.5, 0.6, 0.7, 0.9)] == pytest.approx([0, 0.5, 1, 1])
+    assert replace(CONTROL, warmup=0.5, ramp=0.0).risen(0.5) == 1
 
 
 # the networks' notation
@@ -211,7 +223,8 @@ def test_same_padding_is_laid_out_as_tensorflow_does() -> None:
 def test_nonlinearities_follow_every_layer_but_the_last() -> None:
     network = masking_network("[C(1,1,2) -> C(3,2,2)] -> [Resize(9) -> C(1,1,2) -> C(1,1,1)]", (1, 9, 9))
     kinds = [type(m).__name__ for m in network.children() if not type(m).__name__.startswith("_")]
-    assert kinds == ["Conv2d", "ReLU6", "Conv2d", "ReLU6", "Conv2d", "LeakyReLU", "Conv2d"]
+    hidden = [["Conv2d", "BatchNorm2d", kind] for kind in ("ReLU6", "ReLU6", "LeakyReLU")]
+    assert kinds == [*itertools.chain(*hidden), "Conv2d"]
     assert network(torch.zeros(2, 1, 9, 9)).shape == (2, 1, 9, 9)
 
 
@@ -364,6 +377,56 @@ def test_the_first_masks_are_as_open_as_asked(case: Case) -> None:
     assert float(rho.mean()) == pytest.approx(0.9, abs=0.03)
 
 
+def test_masks_that_do_not_look_at_the_picture(case: Case) -> None:
+    """Every second picture whole; of the others a share whose square is uniform, two thirds on average."""
+    model, seen = model_of(case), []
+    model.says = lambda inputs, mask: seen.append(mask)  # type: ignore[method-assign, func-returns-value, assignment, return-value]
+    model.behind_any(torch.zeros(4000, 3, 16, 16))
+    assert set(seen[0].unique().tolist()) == {0.0, 1.0}
+    shares = seen[0].mean((1, 2, 3))
+    assert (shares[::2] == 1).all()
+    assert float(shares[1::2].mean()) == pytest.approx(2 / 3, abs=0.03)
+    assert float((shares[1::2] < 0.5).float().mean()) == pytest.approx(1 / 4, abs=0.04)
+
+
+def changed_by(case: Case, control: Control) -> list[set[str]]:
+    """The networks that changed in each of four epochs, with "statistics" for those of the classifier's batch norm."""
+    model = model_of(case)
+    kept = [{name: tensor.clone() for name, tensor in model.state_dict().items()}]
+
+    class Keeping(lightning.Callback):
+        def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    pictures: Any = InMemory(case.inputs, case.labels)
+    trainer = lightning.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        callbacks=[Keeping()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader(pictures, 3, collate_fn=collated)
+    trainer.fit(MaskerLearning(model, QUICK, control, seed=0), loader)
+    found = []
+    for before, after in itertools.pairwise(kept):
+        names = [name for name in after if not torch.equal(before[name], after[name])]
+        own = {name.split(".")[0] for name in names if "running" not in name and "batches" not in name}
+        statistics = any("running" in name for name in names if name.startswith("classifier"))
+        found.append(own | ({"statistics"} if statistics else set()))
+    return found
+
+
+def test_who_learns_when(case: Case) -> None:
+    alone, mask, both = {"classifier", "statistics"}, {"masker", "autoencoder"}, {"classifier", "masker", "autoencoder"}
+    control = replace(CONTROL, warmup=0.25, tuning=0.25)
+    assert changed_by(case, control) == [alone, both, both, both]  # joint, as in the paper
+    apart = replace(control, joint=False)
+    assert changed_by(case, apart) == [alone, mask, mask, {"classifier", "autoencoder"}]
+
+
 # the method
 
 
@@ -379,7 +442,7 @@ def planted(count: int, seed: int) -> tuple[Batch, Tensor]:
 
 def planted_masker() -> BooleanMasker:
     networks = replace(TINY, decoder="FC(64) -> Shape(8x8) -> Ts(4,4,8) -> C(1,1,4)")
-    control = Control(target=8.0, beta=0.003, warmup=0.2, pace=1.0)
+    control = replace(CONTROL, target=8.0, beta=0.003)
     training = Recipe(epochs=30, batch_size=32, learning_rate=0.01, weight_decay=0.0)
     return replace(
         masker_of("boolean_masker", weights="reference"),
@@ -409,7 +472,7 @@ def test_a_planted_patch_is_found() -> None:
 
 def test_a_state_is_taken_and_must_fit() -> None:
     backbone, method = small_backbone(), masker_of("boolean_masker")
-    model = MaskerModel(method.networks, method.objective, backbone.preprocessing, backbone.outputs)
+    model = MaskerModel(method.networks, method.objective, backbone.preprocessing, backbone.outputs).eval()
     batch = Batch(noise_pictures(3), ClassTarget.predicted(3), ("a", "b", "c"))
     found = method.fit(backbone, [], 0, model.state_dict())(batch)
     with torch.no_grad():
@@ -424,6 +487,7 @@ def test_a_state_is_taken_and_must_fit() -> None:
     [
         ("control", {"kind": "brake"}),
         ("control", {"warmup": 1.0}),
+        ("control", {"warmup": 0.5, "tuning": 0.5}),
         ("control", {"target": 0}),
         ("objective", {"name": "other"}),
         ("objective", {"sides": [0.5, 0.2]}),
@@ -461,7 +525,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quick_masker(**changed: Any) -> BooleanMasker:
     training = Recipe(epochs=6, batch_size=12, learning_rate=0.01, weight_decay=0.0)
-    return replace(masker_of("boolean_masker"), networks=TINY, objective=OBJECTIVE, training=training, **changed)
+    return replace(
+        masker_of("boolean_masker"),
+        networks=TINY,
+        objective=OBJECTIVE,
+        training=training,
+        **{"control": CONTROL, **changed},
+    )
 
 
 def test_a_training_reports_the_papers_criteria(outputs: Path) -> None:
@@ -495,7 +565,7 @@ def test_the_masker_that_is_used_is_the_trained_one(outputs: Path) -> None:
 def test_a_masker_that_is_not_there(outputs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ibxai train method=boolean_masker dataset=blocks"):
         pipeline._with_state(run_plan(tmp_path, quick_masker()))
-    other = quick_masker(control=Control(target=13.0))
+    other = quick_masker(control=replace(CONTROL, target=13.0))
     with pytest.raises(UserError, match="another architecture"):
         pipeline._with_state(run_plan(outputs, other))
     with pytest.raises(UserError, match=r"method.weights=x.pt is nothing"):

@@ -66,7 +66,8 @@ class Networks:
 class Objective:
     """name: see above. sigma: deviation of a pixel, in pictures from 0 to 1. temperature: of the relaxed mask.
     rectangles: transparent ones that m' has more than m, none without mask randomisation. sides: shortest and longest
-    side of a rectangle, as shares of the picture's. initial_rho: of every pixel at first.
+    side of a rectangle, as shares of the picture's. initial_rho: of every pixel at first. entropy: weight of the mask's
+    entropy beside the autoencoder's loss, in Eq. 4 it is 1; with less, rho that is neither 0 nor 1 has a price.
     """
 
     name: ObjectiveName
@@ -75,13 +76,14 @@ class Objective:
     rectangles: int
     sides: tuple[float, float]
     initial_rho: float
+    entropy: float
 
     def __post_init__(self) -> None:
         part = "method.objective"
         if self.name not in OBJECTIVES:
             raise UserError(f"{part}.name is '{self.name}': {', '.join(OBJECTIVES[:-1])} or {OBJECTIVES[-1]}.")
         check_positive(self, "sigma", "temperature", part=part)
-        check_not_negative(self, "rectangles", part=part)
+        check_not_negative(self, "rectangles", "entropy", part=part)
         if not 0 < self.sides[0] <= self.sides[1] <= 1:
             raise UserError(f"{part}.sides is {list(self.sides)}: two shares above 0, the larger one last.")
         if not 0 < self.initial_rho < 1:
@@ -91,7 +93,8 @@ class Objective:
 @dataclass(frozen=True)
 class Terms:
     """Of a batch, [B] each, in nats: cross-entropy, autoencoder's loss (what the target is for), the conditional
-    objective's other two autoencoders (0 else), the mask's entropy (Eq. 8). correct: bool. rho: its mean."""
+    objective's other two autoencoders (0 else), the mask's entropy (Eq. 8) times its weight. correct: bool. rho: its
+    mean."""
 
     cross_entropy: Tensor
     autoencoder: Tensor
@@ -177,9 +180,13 @@ class MaskerModel(nn.Module):
         """[B, classes]: the classifier's logits of pictures as they are."""
         return self.says(inputs, torch.ones_like(inputs[:, :1]))
 
-    def at_first(self, inputs: Tensor) -> Tensor:
-        """[B, classes]: the classifier's logits behind masks as open as the first ones are, wherever that is."""
-        mask = _chances((len(inputs), 1, *inputs.shape[2:]), inputs) < self.objective.initial_rho
+    def behind_any(self, inputs: Tensor) -> Tensor:
+        """[B, classes]: the classifier's logits behind masks that do not look at the picture. Every second picture is
+        seen whole, of the others a share of the pixels, large ones more often than small ones.
+        """
+        share = _chances((len(inputs), 1, 1, 1), inputs).sqrt()
+        share[::2] = 1.0
+        mask = _chances((len(inputs), 1, *inputs.shape[2:]), inputs) < share
         return self.says(inputs, mask.to(inputs.dtype))
 
     def answers(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -203,7 +210,7 @@ class MaskerModel(nn.Module):
             cross_entropy=F.cross_entropy(said, labels, reduction="none"),
             autoencoder=autoencoder,
             others=others,
-            entropy=mask_nats(mask, logits),
+            entropy=chosen.entropy * mask_nats(mask, logits),
             correct=said.argmax(1) == labels,
             rho=logits.detach().sigmoid().mean((1, 2, 3)),
         )

@@ -94,26 +94,36 @@ class Control:
     kind: "stop", beta while the loss is above the target and 0 below; "adapt", beta rises by `rate` a step while the
     loss is above the target by more than `tolerance` of it, and falls below it alike. target: nats. beta: the weight,
     or the first one. What it is in a step is decided by the loss of the step before, which saves a second pass.
-    Ours: warmup, the share of the training in which the classifier learns alone, on masks drawn as the first ones are,
-    so that it knows what to look at before the mask changes; pace, the masking network's learning rate as a share of
-    the others', so that they can follow it.
+
+    joint: whether classifier and masking network learn together, as in the paper. Ours, without: the classifier learns
+    alone for a share `warmup` of the training, from masks that do not look at the picture; then the masking network,
+    while the classifier stays as it is; in the last share, `tuning`, the classifier again, from masks that stay as they
+    are. A mask cannot agree with such a classifier on a code for the class, it has to show the evidence (as in REAL-X:
+    Jethani et al., AISTATS 2021), and the two cannot close the mask together. ramp: the share behind the warmup in
+    which beta rises from 0 to its value.
     """
 
-    kind: ControlName = "stop"
-    target: float = 12.0
-    beta: float = 0.01
-    rate: float = 0.01
-    tolerance: float = 0.05
-    warmup: float = 0.2
-    pace: float = 0.5
+    kind: ControlName
+    target: float
+    beta: float
+    rate: float
+    tolerance: float
+    joint: bool
+    warmup: float
+    tuning: float
+    ramp: float
 
     def __post_init__(self) -> None:
         part = "method.control"
         check_choice(self, "kind", *CONTROLS)
-        check_positive(self, "target", "beta", "rate", "pace", part=part)
-        check_not_negative(self, "tolerance", "warmup", part=part)
-        if self.warmup >= 1:
-            raise UserError(f"{part}.warmup is {self.warmup}: a share below 1 is expected.")
+        check_positive(self, "target", "beta", "rate", part=part)
+        check_not_negative(self, "tolerance", "warmup", "tuning", "ramp", part=part)
+        if self.warmup + self.tuning >= 1:
+            raise UserError(f"{part}.warmup and tuning are {self.warmup} and {self.tuning}: shares below 1 together.")
+
+    def risen(self, progress: float) -> float:
+        """The share of beta that counts, at this share of the training."""
+        return min((progress - self.warmup) / self.ramp, 1.0) if self.ramp else 1.0
 
     def next_beta(self, beta: float, loss: float) -> float:
         """beta for the next step, after a step with this loss. beta: the one before."""
