@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,27 @@ def vocabulary_of(texts: Iterable[str], min_count: int) -> tuple[str, ...]:
     return (PAD, UNKNOWN, *(token for _, token in sorted(kept)))
 
 
+class Tokeniser(Protocol):
+    """What turns a text into a network's tokens. A frozen dataclass whose settings stand in a run's identity.
+
+    max_tokens: the first of a text that are read. unknown: the token that stands for one that is taken away.
+    """
+
+    modality: ClassVar[str]
+
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def unknown(self) -> int: ...
+    def __call__(self, text: Text) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(token numbers, long [T], no regions) of one text. Raises BadSample when it holds no token."""
+        ...
+
+    def spans(self, text: Text) -> list[tuple[int, int]]:
+        """Where each token's characters stand in the text: (start, end), in order, none twice."""
+        ...
+
+
 @dataclass(frozen=True)
 class Tokenisation:
     """What a network of texts was trained on: a vocabulary and the first `max_tokens` tokens of a text.
@@ -54,6 +75,7 @@ class Tokenisation:
     digest: str = field(init=False)
 
     modality: ClassVar[str] = "text"
+    unknown: ClassVar[int] = UNKNOWN_ID
 
     def __post_init__(self, vocabulary: Sequence[str]) -> None:
         if tuple(vocabulary[:2]) != (PAD, UNKNOWN):

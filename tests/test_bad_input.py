@@ -346,7 +346,7 @@ def test_every_yaml_composes_and_builds(group: str, name: str, monkeypatch: pyte
     if group == "backbone":
         given = ["backbone.name=resnet18"] if name == "timm" else []
         given += ["backbone.weights=none", "backbone.allow_random=true"]
-    if name == "lstm":
+    if name in ("lstm", "hf"):
         given = ["backbone.weights=some.safetensors", "dataset=imdb", f"dataset.root={tmp_path}", "method=iba_text"]
     if group == "dataset" and name == "imagenet":
         given = [f"dataset.root={imagenet_root(tmp_path / 'root')}"]

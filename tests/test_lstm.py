@@ -218,7 +218,7 @@ def test_another_metric_uses_the_maps_that_are_there(trained: Path) -> None:
         (["metric=[bbox]"], "metric=bbox is not for texts"),
         (
             ["backbone=small_cnn"],
-            "backbone=small_cnn reads pictures, and dataset=imdb holds texts.\nFor texts: backbone=lstm.",
+            "backbone=small_cnn reads pictures, and dataset=imdb holds texts.\nFor texts: backbone=hf, lstm.",
         ),
         (["dataset=sample", "backbone=lstm"], "backbone=lstm reads texts, and dataset=sample holds pictures."),
         (["study=parameter_randomization"], "There is no study for texts."),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ibxai.report.leaderboard import write_leaderboard
 from ibxai.report.page import write_report
 from ibxai.report.words import Piece, coloured, levels_of
 from ibxai.store import DamagedFile, MetricKey, Row, RunStore, StoredHeatmap
@@ -18,10 +19,10 @@ TEXT = "A <b>good</b> film.<br /><br />I <script>alert(1)</script> love it! The 
 SPANS = [(start, end) for _, start, end in words(TEXT)][:12]
 
 
-def store_of(folder: Path, heatmap: np.ndarray) -> RunStore:
-    store = RunStore(folder / "imdb" / "lstm" / "iba" / "abc")
+def store_of(folder: Path, heatmap: np.ndarray, method: str = "iba") -> RunStore:
+    store = RunStore(folder / "imdb" / "lstm" / method / "abc")
     rows = [Row(f"r{i}@predicted", f"r{i}", "predicted", f"r{i}", 1) for i in range(2)]
-    provenance = {"method": "iba", "dataset": "imdb", "backbone": "lstm", "finished": "2026-01-02T03:04:05+00:00"}
+    provenance = {"method": method, "dataset": "imdb", "backbone": "lstm", "finished": "2026-01-02T03:04:05+00:00"}
     store.begin("a: 1\n", provenance, ["negative", "positive"], rows)
     for row in rows:
         store.write_words(row.row_id, TEXT, SPANS)
@@ -120,6 +121,16 @@ def test_the_page(tmp_path: Path) -> None:
     assert "fraction of words inserted" in page
     assert "pixels" not in page.partition('id="samples"')[0].partition("<main>")[2]
     assert page.count("<svg") >= 3  # the mean curve, and each text's own
+
+
+def test_the_leaderboard_counts_words(tmp_path: Path) -> None:
+    for method, values in (("iba", np.linspace(0, 1, len(SPANS))), ("lime", np.linspace(1, 0, len(SPANS)))):
+        write_report(store_of(tmp_path, values.astype(np.float32), method))
+    page = write_leaderboard(tmp_path).read_text()
+    assert "fraction of words inserted" in page
+    assert "without the first words" not in page  # of deletion, which nobody has
+    assert "the first words alone carry the evidence" in page
+    assert "pixel" not in page.partition("<main>")[2]
 
 
 def test_a_damaged_text_leaves_its_card_out(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ class Backbone:
     roles: the layers that methods ask for by role ("gradcam", "bottleneck", "early", "mid", "late").
     digest: hash of the weights. random_weights: True when nothing was trained.
     max_passes: the most network rows run at once; methods and metrics cut their work to it.
+    class_names: what the network itself calls its outputs, None where it does not say.
+    rows_that_fit: (who works, values of an input) -> the smaller number that memory has left them (`memory.py`).
 
     A network of texts takes embeddings [B, T, D] and, beside them, `valid` bool [B, T], which the network itself finds
     as a last channel, 1 at tokens and 0 in the padding.
@@ -79,6 +81,8 @@ class Backbone:
         """example: inputs to trace the network with; random pictures when None."""
         self.name, self.roles, self.preprocessing = name, dict(roles), preprocessing
         self.random_weights, self.max_passes = random_weights, max_passes
+        self.class_names: Sequence[str] | None = None
+        self.rows_that_fit: dict[tuple[str, int], int] = {}
         self.digest = weights_digest(network)
         if example is None:
             shape = (_EXAMPLES, *preprocessing.input_shape)

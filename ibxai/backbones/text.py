@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibxai.backbones.backbone import Backbone, check_finite
-from ibxai.tokenisation import UNKNOWN_ID, Tokenisation
+from ibxai.tokenisation import Tokeniser
 from ibxai.types import Batch
 
 _EXAMPLE_LENGTHS = (5, 3, 1)  # tokens of the texts that a network is traced with
@@ -23,13 +23,13 @@ class TextBackbone(Backbone):
     Otherwise as `Backbone`. Raises UserError for weights that are not finite.
     """
 
-    preprocessing: Tokenisation  # type: ignore[assignment]
+    preprocessing: Tokeniser  # type: ignore[assignment]
 
     def __init__(
         self,
         network: nn.Module,
         table: Tensor,
-        preprocessing: Tokenisation,
+        preprocessing: Tokeniser,
         roles: Mapping[str, str],
         name: str,
         random_weights: bool = False,
@@ -55,8 +55,8 @@ class TextBackbone(Backbone):
 
     @property
     def unknown(self) -> Tensor:
-        """[D]: the embedding of `<unk>`, which stands for a token that is taken away."""
-        return self._table[UNKNOWN_ID]
+        """[D]: the embedding of the token that stands for one that is taken away, `<unk>` or a mask token."""
+        return self._table[self.preprocessing.unknown]
 
     def embed(self, batch: Batch) -> Batch:
         """The batch with the embeddings of its tokens as its inputs, on the table's device."""

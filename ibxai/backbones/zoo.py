@@ -86,7 +86,7 @@ class Zoo:
 
     def learner(self, plan: TrainPlan, splits: Splits) -> Learner:
         """What `ibxai train` trains: these weights, with a new last layer where the dataset has other outputs."""
-        from ibxai.backbones.learner import PictureLearner
+        from ibxai.backbones.learner import HeadLearner, PictureLearner
 
         spec = replace(
             self, classes=len(plan.class_names), preprocessing=self.preprocessing or self._stated_preprocessing()
@@ -94,7 +94,7 @@ class Zoo:
         network = spec.fresh(plan.seed)
         if self.weights != "none":
             load_with_new_head(network, spec._state(network), self.weights)
-        return PictureLearner(spec, network, plan, splits)
+        return (HeadLearner if plan.learns == "head" else PictureLearner)(spec, network, plan, splits)
 
     def frozen(self, network: nn.Module, max_passes: int) -> Backbone:
         """A network of this architecture, whatever its weights, as a backbone with this name, layers and sizes."""
@@ -242,7 +242,11 @@ def _packaged_state(file: str | None, network: nn.Module) -> Mapping[str, Tensor
 
 
 def load_with_new_head(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """As `load_strictly`, but a last layer with another number of outputs stays as it is, and that is said."""
+    """As `load_strictly`, but a last layer with another number of outputs starts at 0, and that is said.
+
+    timm draws that of an EfficientNet from -1 to 1 where it has one output: noise as large as what is to be learnt,
+    which a training on few pictures never loses.
+    """
     own = network.state_dict()
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
     heads = {name.rpartition(".")[0] for name in other}
@@ -251,7 +255,7 @@ def load_with_new_head(network: nn.Module, state: Mapping[str, Tensor], source: 
             "new last layer %s: %d outputs in place of the %d of %s",
             *(heads.pop(), len(own[other[0]]), len(state[other[0]]), source),
         )
-        state = {**state, **{name: own[name] for name in other}}
+        state = {**state, **{name: torch.zeros_like(own[name]) for name in other}}
     load_strictly(network, state, source)
 
 

@@ -74,12 +74,12 @@ class BoardFigures:
 
 
 def board_figures(
-    names: Sequence[str], curves: Sequence[Mapping[str, MeanCurve]], columns: Sequence[Column]
+    names: Sequence[str], curves: Sequence[Mapping[str, MeanCurve]], columns: Sequence[Column], places: str
 ) -> BoardFigures:
-    """names, curves: one entry a run of the table; curves by the run's own label of the metric."""
+    """names, curves: one entry a run of the table; curves by the run's own label of the metric. places: see `Run`."""
     return BoardFigures(
         scatters=[_scatter(names, *pair) for pair in insertion_deletion_pairs(columns)],
-        curves=[figure for column in columns if (figure := _curves(names, curves, column)) is not None],
+        curves=[figure for column in columns if (figure := _curves(names, curves, column, places)) is not None],
         differences=[_differences(names, c) for c in columns if c.better and len(c.places) > 1],
     )
 
@@ -133,7 +133,9 @@ def _scatter(names: Sequence[str], insertion: Column, deletion: Column) -> Figur
     )
 
 
-def _curves(names: Sequence[str], curves: Sequence[Mapping[str, MeanCurve]], column: Column) -> Figure | None:
+def _curves(
+    names: Sequence[str], curves: Sequence[Mapping[str, MeanCurve]], column: Column, places: str
+) -> Figure | None:
     """The mean curves of a metric: together up to four methods, above that a panel each before all others in grey."""
     if not column.is_main:
         return None
@@ -145,7 +147,7 @@ def _curves(names: Sequence[str], curves: Sequence[Mapping[str, MeanCurve]], col
     order = _best_first(column, list(known))[:MOST_SHOWN]
     if len(order) < 2:
         return None  # the run's own page shows it
-    kind = kind_of(column.key)
+    kind = kind_of(column.key, places)
     together = len(order) <= LINES_IN_A_CHART
     axis = kind.axis([known[place].line(0) for place in order])
 

@@ -51,11 +51,15 @@ class Table:
 
     @cached_property
     def figures(self) -> BoardFigures:
-        return board_figures(self.names, [run.curves for run in self.runs], self.columns)
+        return board_figures(self.names, [run.curves for run in self.runs], self.columns, self.runs[0].places)
 
     @cached_property
     def studies(self) -> list[BoardStudy]:
         return board_studies(self.names, [run.studies for run in self.runs])
+
+    @property
+    def rows(self) -> int:
+        return len({row for run in self.runs for row in run.group_of})
 
     @property
     def fewest_groups(self) -> int:
@@ -151,8 +155,21 @@ def make_tables(runs: Iterable[Run]) -> list[Table]:
             grouped.setdefault((run.dataset, run.backbone, run.weights, run.target), []).append(run)
     return [
         Table(*names, alike, run_labels(alike), columns=make_columns(alike), also_differ_in=_also_differ_in(alike))
-        for names, alike in sorted(grouped.items())
+        for names, runs_of in sorted(grouped.items())
+        for alike in _with_shared_rows(runs_of)
     ]
+
+
+def _with_shared_rows(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in sets of which no two have a row in common: two folders of pictures under one dataset's name, say."""
+    sets: list[tuple[list[Run], set[str]]] = []
+    for run in runs:
+        joined, rows = [run], set(run.group_of)
+        for other, its in [one for one in sets if one[1] & rows]:
+            joined, rows = other + joined, rows | its
+            sets.remove((other, its))
+        sets.append((joined, rows))
+    return [joined for joined, _ in sets]
 
 
 def _also_differ_in(runs: Sequence[Run]) -> list[str]:

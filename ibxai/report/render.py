@@ -56,7 +56,7 @@ def number(value: float) -> str:
     """Three or four digits that matter; a dash for an undefined number."""
     if not math.isfinite(value):
         return UNDEFINED if math.isnan(value) else ("∞" if value > 0 else _MINUS + "∞")
-    size = abs(value)
+    size, value = abs(value), value + 0.0  # no minus before a zero
     if float(value).is_integer():
         return f"{value:,.0f}".replace("-", _MINUS)
     if size < 0.001:

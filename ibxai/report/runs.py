@@ -19,9 +19,10 @@ import pandas as pd
 from ibxai.errors import UserError
 from ibxai.report.curves import MeanCurve, read_curves, write_all_tables
 from ibxai.report.studies import StudyResult, read_studies
-from ibxai.report.tables import long_table, method_name, read_run_scores, read_summary, read_values
+from ibxai.report.tables import long_table, method_name, places_of, read_run_scores, read_summary, read_values
 from ibxai.store import DamagedFile, MetricKey, Row, RunStore, find_runs
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile, UserError)  # of a run's folder
 _LONGEST_DETAIL = 32  # characters of what tells two runs of a method apart; longer, the run's id says it
 
 
@@ -31,6 +32,7 @@ class Run:
 
     target: what its rows explain, "predicted" or class numbers. values: label of a value -> row id -> value, NaN where
     undefined. curves: label of a metric -> its mean curve. group_of: row id -> group, of all rows of the dataset.
+    places: what its maps have values of, pixels or words.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Run:
     values: Mapping[str, Mapping[str, float]]
     curves: Mapping[str, MeanCurve]
     group_of: Mapping[str, str]
+    places: str
     studies: list[StudyResult]
     report: str | None
 
@@ -90,10 +93,11 @@ def _read_run(store: RunStore, outputs: Path, tables: dict[bytes, list[Row]]) ->
             values=values,
             curves=curves,
             group_of={row.row_id: row.group_id for row in rows},
+            places=places_of(store),
             studies=read_studies(store.path),
             report=quote((inside / "report.html").as_posix()) if (store.path / "report.html").exists() else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile, UserError) as error:
+    except UNREADABLE as error:
         return DamagedRun(inside.as_posix(), f"{type(error).__name__}: {error}")
 
 

@@ -55,7 +55,8 @@ def _percentiles(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     for weights in _all_draws(len(counts)):
         means[:, start : start + len(weights)] = (sums.T @ weights.T) / (weights @ counts)
         start += len(weights)
-    return centre + np.percentile(means, [2.5, 97.5], axis=1, overwrite_input=True)
+    found = centre + np.percentile(means, [2.5, 97.5], axis=1, overwrite_input=True)
+    return np.clip(found, values.min(axis=0), values.max(axis=0))  # between which every mean lies, but for rounding
 
 
 def _all_draws(groups: int) -> Iterable[np.ndarray]:

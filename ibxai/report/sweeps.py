@@ -22,7 +22,7 @@ from markupsafe import Markup
 from ibxai.report.charts import LINES_IN_A_CHART, Axis, Frame, axes, round_axis, svg
 from ibxai.report.render import render
 from ibxai.report.tables import csv_text, read_summary
-from ibxai.store import RunStore, digest, write_atomically
+from ibxai.store import MetricKey, RunStore, digest, write_atomically
 
 MOST_CHARTS = 24
 _COLUMNS = ["mean", "low", "high", "n", "better"]
@@ -107,6 +107,17 @@ class Sweep:
             for piece in pieces
             if any(np.isfinite(job.number(metric, "mean")) for _, jobs in piece for job in jobs)
         ][:MOST_CHARTS]
+
+
+def cost(folder: Path, metric: MetricKey) -> float | None:
+    """What a search over settings makes small: the metric's mean in a run, negative where higher is better; None where
+    the run has no summary yet, or the metric no direction.
+    """
+    table = read_summary(RunStore(folder))
+    for line in [] if table is None else table.to_dict("records"):
+        if line["metric"] in (metric.name, metric.folder) and line["better"] and np.isfinite(line["mean"]):
+            return float(-line["mean"] if line["better"] == "higher" else line["mean"])
+    return None
 
 
 def write_sweep(sweep: Sweep, outputs: Path) -> Path | None:

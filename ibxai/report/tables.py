@@ -96,8 +96,13 @@ def _read_metric(store: RunStore, key: MetricKey, label: str, rows: Sequence[Row
         rows=scored,
         values=values,
         curves={n: [e.get(n) for e in entries] for n, is_curve in names if is_curve},
-        places="words" if store.holds_texts() else "pixels",
+        places=places_of(store),
     )
+
+
+def places_of(store: RunStore) -> str:
+    """What the maps of a run have values of."""
+    return "words" if store.holds_texts() else "pixels"
 
 
 def metrics_table(store: RunStore) -> pd.DataFrame:
