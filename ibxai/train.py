@@ -34,14 +34,15 @@ from ibxai.backbones.learner import Learner, Learnt
 from ibxai.backbones.losses import USUAL, LossSpec
 from ibxai.backbones.performance import Score, table
 from ibxai.backbones.training import Recipe, require_lightning
+from ibxai.backbones.zoo import Zoo
 from ibxai.datasets.loading import sample_table_digest
 from ibxai.datasets.splits import train_groups
 from ibxai.errors import UserError
-from ibxai.identity import now
 from ibxai.logs import also_to_file, run_log
 from ibxai.memory import keep_freed_memory
 from ibxai.modality import check_reads
 from ibxai.report.training import draw_curves
+from ibxai.sessions import now
 from ibxai.store import digest, write_atomically, write_rows
 from ibxai.targets import AnswerKind, TargetSpec
 from ibxai.types import Dataset, Sample
@@ -49,6 +50,7 @@ from ibxai.types import Dataset, Sample
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("32", "bf16")
+LEARNS = ("all", "head")
 
 
 class Trainable(Protocol):
@@ -76,7 +78,8 @@ class TrainPlan:
 
     method: what is trained in the backbone's place, on pictures as the backbone takes them; None for the backbone.
     loss: None for the usual one of the target. given: what was set of the backbone's recipe. patience: epochs without
-    a lower validation loss. validation_share: of the train split's groups. devices: that share each batch.
+    a lower validation loss. validation_share: of the train split's groups. devices: that share each batch. learns:
+    "all" of the network, or its "head", the last layer.
     """
 
     dataset: Dataset
@@ -95,6 +98,7 @@ class TrainPlan:
     outputs: Path
     command: str
     method: Trainable | None = None
+    learns: str = "all"
 
     @property
     def trainable(self) -> Trainable:
@@ -202,6 +206,11 @@ def _check(plan: TrainPlan) -> None:
             f"The loss {type(plan.minimised).__name__} is for {plan.minimised.answers}, the target for {plan.answers}: "
             f"{usual} fits it (loss=null)."
         )
+    if plan.learns == "head" and not (isinstance(plan.trainable, Zoo) and plan.trainable.weights != "none"):
+        raise UserError(
+            "learns=head keeps the weights that a training starts from, and here it starts from none.\n"
+            "Choose a network that has some, such as backbone=efficientnet_lite0 backbone.weights=packaged."
+        )
     if not 0 < plan.validation_share < 1:
         raise UserError(f"validation_share={plan.validation_share}: a share between 0 and 1 is expected.")
     if plan.recipe.batch_size % plan.devices:
@@ -252,6 +261,7 @@ def _described(
         "dataset": {"name": plan.dataset.name, **identity["splits"]},
         "identity": identity,
         "test": [asdict(score) for score in learnt.scores],
+        "tested": len(splits.test),
         "command": plan.command,
         "finished": now(),
         "seen": group_hashes(plan.dataset.name, seen),

@@ -69,6 +69,24 @@ def test_a_run_takes_the_newest_with_all_that_it_brings(
     assert pipeline.run(plan).folder == outcome.folder  # the same weights, wherever they lie
 
 
+def test_of_folds_a_run_takes_its_own(outputs: Path, weights: Path, tmp_path: Path) -> None:
+    """The newest has seen what is explained; an older one has not."""
+    shutil.copytree(outputs, tmp_path / "outputs")
+    own = tmp_path / "outputs" / weights.relative_to(outputs)
+    other = own.parent.with_name("other")
+    shutil.copytree(own.parent, other)
+    described = json.loads((other / "weights.json").read_text())
+    seen = group_hashes(DATA.name, [sample.group_id for sample in DATA.samples()[:1]])
+    newer = {**described, "finished": "2999-01-01T00:00:00+00:00", "seen": seen}
+    (other / "weights.json").write_text(json.dumps(newer))
+    checkpoint = chosen(PLAIN, DATA, "class", tmp_path / "outputs")
+    assert checkpoint is not None
+    assert checkpoint.weights == own
+    shutil.rmtree(own.parent)
+    with pytest.raises(UserError, match="was trained on 1 of the 12 groups"):
+        chosen(PLAIN, DATA, "class", tmp_path / "outputs")
+
+
 def test_the_network_is_the_trained_one(weights: Path, outputs: Path) -> None:
     checkpoint = chosen(PLAIN, DATA, "class", outputs)
     assert checkpoint is not None

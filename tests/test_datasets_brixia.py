@@ -13,7 +13,7 @@ from PIL import Image
 
 from ibxai.datasets.brixia import BrixIA, cohen_rows, hospital_rows
 from ibxai.datasets.dicom import read_grey, read_xray
-from ibxai.datasets.loading import load_batches
+from ibxai.datasets.loading import load_batches, sample_table_digest
 from ibxai.datasets.lungs import six_regions
 from ibxai.errors import BadSample, UserError
 from ibxai.preprocessing import Preprocessing
@@ -328,6 +328,68 @@ def test_a_mask_without_two_lungs(columns: slice) -> None:
     mask[3:20, columns] = True
     with pytest.raises(BadSample, match="mask"):
         six_regions(mask)
+
+
+def many(root: Path, count: int = 23) -> Path:
+    """Pictures x0.png ..., two of each patient but for the last; returns the collection's table, which names no one's
+    last picture.
+    """
+    (root / "data/public-cohen-subset").mkdir(parents=True)
+    names = [f"x{i}.png" for i in range(count)]
+    lines = [f"{name},3,2,1,0,0,0,6,1,1,1,1,1,1,6" for name in names]
+    (root / "data/public-annotations.csv").write_text("\n".join([ANNOTATIONS, *lines]))
+    for name in names:
+        Image.new("L", (8, 8)).save(root / "data/public-cohen-subset" / name)
+    table = root / "metadata.csv"
+    table.write_text("\n".join(["patientid,offset,filename", *(f"p{i // 2},0,x{i}.png" for i in range(count - 1))]))
+    return table
+
+
+def test_folds_of_patients(tmp_path: Path) -> None:
+    """Every picture is in the test split of one fold, beside all others of its patient, and trains the other folds."""
+    common = {"subset": "cohen", "patients": str(many(tmp_path))}
+    folds = [dataset(tmp_path, fold=fold, **common) for fold in range(5)]
+    tests = [[s.sample_id for s in fold.samples()] for fold in folds]
+    assert sorted(name for test in tests for name in test) == sorted(f"x{i}.png" for i in range(23))
+    assert [len({s.group_id for s in fold.samples()}) for fold in folds] == [3, 3, 2, 2, 2]  # of 12 patients
+    for fold, test in zip(folds, tests, strict=True):
+        assert {s.sample_id for s in fold.in_split("train")} == {f"x{i}.png" for i in range(23)} - set(test)
+        for s in (*fold.samples(), *fold.in_split("train")):
+            number = int(s.sample_id[1:-4])
+            assert s.group_id == (f"p{number // 2}" if number < 22 else "x22.png")
+        assert ("patients", "12, a picture without one being its own") in fold.facts()
+    again = dataset(tmp_path, fold=0, split_seed=1, **common)
+    assert {s.sample_id for s in again.samples()} != set(tests[0])
+    halves = [{s.group_id for s in dataset(tmp_path, fold=fold, folds=2, **common).samples()} for fold in range(2)]
+    assert [len(half) for half in halves] == [6, 6]
+    assert len({sample_table_digest(fold.samples()) for fold in folds}) == 5
+
+
+def test_without_the_collections_table_nothing_is_said_of_patients(tmp_path: Path) -> None:
+    many(tmp_path)
+    found = dataset(tmp_path, subset="cohen", fold=4)
+    assert all(s.group_id == s.sample_id for s in found.samples())
+    assert any("pictures of one may part" in told for _, told in found.facts())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"fold": 5}, "dataset.fold=5: of 5 folds, 0 to 4"),
+        ({"fold": -1}, "0 to 4 is expected"),
+        ({"fold": 0, "subset": "hospital"}, "dataset.subset=cohen"),
+        ({"patients": "x.csv", "subset": "hospital"}, "dataset.subset=cohen"),
+    ],
+)
+def test_folds_that_cannot_be(tmp_path: Path, settings: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        dataset(tmp_path, **({"subset": "cohen"} | settings))
+
+
+def test_a_table_of_something_else_names_no_patients(tmp_path: Path) -> None:
+    many(tmp_path).write_text("file;patient\nx0.png;p0")
+    with pytest.raises(UserError, match="has no column 'filename'"):
+        dataset(tmp_path, subset="cohen", patients=str(tmp_path / "metadata.csv")).samples()
 
 
 def with_masks(root: Path) -> Path:

@@ -20,6 +20,7 @@ from ibxai import jobs, pipeline, train
 from ibxai.backbones import loop
 from ibxai.backbones.losses import BCE, MSE, WeightedBCE
 from ibxai.backbones.training import InMemory, Streamed, collated, examples_of
+from ibxai.backbones.zoo import Zoo
 from ibxai.catalogue import entries
 from ibxai.cli import main
 from ibxai.config import build
@@ -201,9 +202,60 @@ def test_labels_and_values_are_learnt(
     assert described["answers"] == target.answers
 
 
+@pytest.fixture(scope="module")
+def first_weights(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A network of torchvision's that was trained for four classes."""
+    path = tmp_path_factory.mktemp("weights") / "first.safetensors"
+    spec = Zoo("resnet18", "torchvision", "resnet18", str(path), classes=4, preprocessing=TINY.preprocessing)
+    safetensors.torch.save_file(spec.fresh(3).state_dict(), path)
+    return spec
+
+
+def test_the_head_alone_learns(first_weights: Zoo, tmp_path: Path) -> None:
+    """From the features of the first weights, which stay bit for bit, running statistics too."""
+    given = {"epochs": 30, "batch_size": 12, "learning_rate": 0.03}
+    plan = plan_of(tmp_path, backbone=first_weights, learns="head", given=given, patience=30)
+    learner = first_weights.learner(plan, split(plan))
+    pictures = examples_of(plan.dataset, split(plan).test, TINY.preprocessing, "class", 0)
+    assert isinstance(pictures, InMemory)
+    network = first_weights.fresh(3).eval()
+    with torch.no_grad():
+        features = torch.nn.Sequential(*list(network.children())[:-1])(pictures.inputs).flatten(1)
+    found = learner.examples(split(plan).test)
+    assert isinstance(found, InMemory)
+    torch.testing.assert_close(found.inputs, features)
+    assert torch.equal(found.answers, pictures.answers)
+    trained = run(plan)
+    learnt, first = state(trained), network.state_dict()
+    assert learnt["fc.weight"].shape == (3, 512)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in learnt.items() if not name.startswith("fc."))
+    scores = pd.read_csv(trained.weights.parent / "test.csv").set_index(["output", "metric"])["value"]
+    with torch.no_grad():
+        said = (features @ learnt["fc.weight"].T + learnt["fc.bias"]).argmax(1)
+    assert scores["all", "accuracy"] == pytest.approx(float((said == pictures.answers).float().mean()))
+    assert scores["all", "accuracy"] > 0.6  # chance is a third
+    whole = run(plan_of(tmp_path, backbone=first_weights, given={"epochs": 1, "batch_size": 12}))
+    assert whole.weights != trained.weights
+    assert not torch.equal(state(whole)["conv1.weight"], first["conv1.weight"])
+
+
+def test_a_network_whose_last_layer_is_not_its_output(first_weights: Zoo, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Doubled(Zoo):
+        def fresh(self, seed: int) -> Any:
+            network = super().fresh(seed)
+            network.register_forward_hook(lambda module, given, out: 2 * out)
+            return network
+
+    spec = Doubled(**{f.name: getattr(first_weights, f.name) for f in dataclasses.fields(first_weights)})
+    with pytest.raises(UserError, match="fc, does not give its outputs: use learns=all"):
+        run(plan_of(tmp_path, backbone=spec, learns="head"))
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
+        ({"learns": "head"}, "here it starts from none"),
         ({"loss": MSE()}, "MSE is for values, the target for class: CrossEntropy fits it"),
         ({"validation_share": 1.5}, "validation_share=1.5"),
         ({"given": {"batch_size": 9}, "devices": 2}, "cannot be shared by devices=2"),

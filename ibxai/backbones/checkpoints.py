@@ -103,7 +103,9 @@ def chosen(spec: Any, dataset: Dataset, answers: AnswerKind, outputs: Path) -> C
 
 
 def newest(spec: Spec, dataset: Dataset, outputs: Path) -> Checkpoint:
-    """The one of this network for these outputs that was finished last. Raises UserError when there is none."""
+    """The one of this network for these outputs that was finished last, before those one that has seen nothing of what
+    is explained (of a cross-validation, the fold's own). Raises UserError when there is none.
+    """
     folder = outputs / dataset.name / spec.name / "training"
     found = [checkpoint for path in sorted(folder.glob(f"*/{FILE}")) if (checkpoint := read(path)) is not None]
     same = [c for c in found if c.described["classes"] == _names(dataset) and not _differing(c, spec)]
@@ -116,7 +118,7 @@ def newest(spec: Spec, dataset: Dataset, outputs: Path) -> Checkpoint:
             f"Train one, with the same settings: ibxai train {chosen_as}dataset={dataset.name} ..., "
             f"or give {kind}.weights=FILE."
         )
-    return max(same, key=lambda checkpoint: checkpoint.described["finished"])
+    return max(same, key=lambda checkpoint: (not _seen(checkpoint, dataset), checkpoint.described["finished"]))
 
 
 def group_hashes(dataset: str, groups: Iterable[str]) -> list[str]:
@@ -166,15 +168,21 @@ def _check_apart(checkpoint: Checkpoint, dataset: Dataset) -> None:
             *(told["dataset"]["name"], dataset.name),
         )
         return
-    groups = {sample.group_id for sample in dataset.samples()}
-    seen = set(told["seen"]) & set(group_hashes(dataset.name, groups))
+    seen = _seen(checkpoint, dataset)
     if seen and getattr(dataset, "split", "test") == "train":
         log.warning("the network was trained on the pictures that are explained (dataset.split=train)")
     elif seen:
+        groups = {sample.group_id for sample in dataset.samples()}
         raise UserError(
             f"{checkpoint.weights} was trained on {len(seen)} of the {len(groups)} groups (patients, studies) that are "
             "explained.\nTrain on this split: its train and test split share no group; or give dataset.split=train."
         )
+
+
+def _seen(checkpoint: Checkpoint, dataset: Dataset) -> set[str]:
+    """The explained groups that it was trained on, as hashes."""
+    groups = group_hashes(dataset.name, (sample.group_id for sample in dataset.samples()))
+    return set(checkpoint.described["seen"]) & set(groups)
 
 
 def _names(dataset: Dataset) -> list[str] | None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ibxai.backbones.backbone import weights_digest
 from ibxai.backbones.checkpoints import architecture
 from ibxai.backbones.performance import Score, performance
-from ibxai.backbones.training import Examples, answered, examples_of, labelled_pictures, outputs_of
+from ibxai.backbones.training import Examples, InMemory, answered, examples_of, labelled_pictures, outputs_of
+from ibxai.errors import UserError
 from ibxai.types import Sample
 
 if TYPE_CHECKING:
@@ -122,6 +123,65 @@ class PictureLearner:
             groups += pictures.group_ids
         said, right = torch.cat(outputs).numpy(), torch.cat(answers).numpy()
         return performance(said, right, groups, plan.class_names, plan.answers)
+
+
+@dataclass(frozen=True)
+class HeadLearner(PictureLearner):
+    """The last layer alone learns, on what the first weights make of each picture: for a few hundred pictures, on which
+    a whole network learns by heart. The pictures pass through the network once.
+
+    Raises UserError for a network whose last linear layer does not give its outputs.
+    """
+
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity(), "learns": "the last layer"}
+
+    def module(self) -> LightningModule:
+        from ibxai.backbones.loop import Learning
+
+        answers = answered(self.splits.train, self.plan.answers)[1]
+        return Learning(self._head[1], self.plan.recipe, self.plan.minimised.make(answers), self.plan.seed)
+
+    def examples(self, samples: Sequence[Sample]) -> Examples:
+        plan, network, parts = self.plan, self.network.eval(), []
+        for start in range(0, len(samples), _TESTED_AT_ONCE):
+            part = samples[start : start + _TESTED_AT_ONCE]
+            pictures = labelled_pictures(plan.dataset, part, self.spec.preprocessing, 64, plan.workers, plan.answers)
+            parts.append((self._features(network, pictures.inputs), pictures.answers))
+        features, answers = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return InMemory(features, answers)
+
+    def finish(self, state: Mapping[str, Tensor]) -> Learnt:
+        name, _ = self._head
+        learnt = {f"network.{name}.{entry.removeprefix('network.')}": tensor for entry, tensor in state.items()}
+        return super().finish({f"network.{entry}": t for entry, t in self.network.state_dict().items()} | learnt)
+
+    @property
+    def _head(self) -> tuple[str, nn.Linear]:
+        found = [(name, part) for name, part in self.network.named_modules() if isinstance(part, nn.Linear)]
+        if not found:
+            raise UserError(f"{self.name} has no linear layer: learns=head is not for it.")
+        return found[-1]
+
+    def _features(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """[N, D]: what reaches the last layer. In the place of what it says, which may be 0, it says numbers that have
+        to come out of the network.
+        """
+        seen: list[Tensor] = []
+        marks: list[Tensor] = []
+        name, head = self._head
+
+        def mark(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            seen.append(given[0].cpu())
+            marks.append(torch.linspace(1, 2, out.numel()).view(out.shape))
+            return marks[-1].to(out.device)
+
+        with head.register_forward_hook(mark):
+            said = outputs_of(network, inputs, self.plan.device)
+        features = torch.cat(seen)
+        if features.dim() != 2 or not torch.equal(said, torch.cat(marks)):
+            raise UserError(f"The last linear layer of {self.name}, {name}, does not give its outputs: use learns=all.")
+        return features
 
 
 def _quicken_norms(network: nn.Module) -> None:

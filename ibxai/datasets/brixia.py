@@ -16,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from ibxai.datasets.dicom import read_xray, require_dicom
 from ibxai.datasets.lungs import REGIONS, six_regions
 from ibxai.datasets.pictures import read_picture
-from ibxai.datasets.splits import Found, SplitDataset, by_id, content_digest, files_in, size_of, train_groups
+from ibxai.datasets.splits import Found, SplitDataset, by_id, content_digest, files_in, order, size_of, train_groups
 from ibxai.datasets.tables import read_table
 from ibxai.errors import BadSample, UserError
 from ibxai.types import Picture, Sample
@@ -60,9 +60,11 @@ class BrixIA(SplitDataset):
     outputs: what the network's outputs are: "global", the sum of the scores, 0 to 18; "regions", the six scores A to F;
     "presence", whether a score of 3, of 2, and of 0 or 1 is present (CheXplain's detectors, whose region "target" is
     the union of the regions with that score). reader: whose scores of the cohen subset.
-    lungs: folder of lung masks, None for none. train_share, split_seed: of the cohen subset, which has no official
-    split and names no patients: pictures of one patient may part. The hospital's test split is the consensus set, and
-    X-rays of its patients are left out of the train split.
+    lungs: folder of lung masks, None for none. The hospital's test split is the consensus set, and X-rays of its
+    patients are left out of the train split. The cohen subset has no official split: train_share of its patients, or of
+    `folds` parts of them all but number `fold` (from 0 on) for training and that one to test. split_seed names the
+    draw. patients: the metadata.csv of the Cohen collection, which says whose the pictures are; None: pictures of one
+    patient may part.
     """
 
     subset: Literal["hospital", "cohen"] = "hospital"
@@ -71,12 +73,22 @@ class BrixIA(SplitDataset):
     lungs: str | None = None
     train_share: float = 0.7
     split_seed: int = 0
+    folds: int = 5
+    fold: int | None = None
+    patients: str | None = None
 
     title: ClassVar[str] = "BrixIA"
     how_to_get: ClassVar[str] = (
         "Get dicom_clean and metadata_global_v2.csv from https://brixia.github.io (on request, for research), or for "
         "dataset.subset=cohen the repository github.com/BrixIA/Brixia-score-COVID-19, and set dataset.root to it."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.subset != "cohen" and (self.fold is not None or self.patients is not None):
+            raise UserError("dataset.fold and dataset.patients are of the public pictures: dataset.subset=cohen.")
+        if self.fold is not None and not 0 <= self.fold < self.folds:
+            raise UserError(f"dataset.fold={self.fold}: of {self.folds} folds, 0 to {self.folds - 1} is expected.")
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -126,6 +138,10 @@ class BrixIA(SplitDataset):
         ]
         if self.subset == "hospital":
             facts.append(("left out", f"{left_out:,} X-rays: of patients of the test set, and not in it"))
+        elif self.patients is None:
+            facts.append(("patients", "not named, and the pictures of one may part: dataset.patients is not set"))
+        else:
+            facts.append(("patients", f"{len({row.group for row in here}):,}, a picture without one being its own"))
         return Found(train, test, tuple(facts))
 
     def _hospital(self, root: Path) -> tuple[Path, Mapping[str, os.DirEntry[str]]]:
@@ -152,14 +168,23 @@ class BrixIA(SplitDataset):
         """File name -> its line of the subset's table."""
         if self.subset == "hospital":
             return hospital_rows(self.folder / HOSPITAL)
-        return cohen_rows(self._cohen_folder(self.folder) / COHEN, self.reader)
+        rows = cohen_rows(self._cohen_folder(self.folder) / COHEN, self.reader)
+        if self.patients is None:
+            return rows
+        table = read_table(Path(self.patients).expanduser(), ("filename", "patientid"))
+        patients = {line["filename"]: line["patientid"] for line in table if line["patientid"]}
+        return {name: replace(row, group=patients.get(name, name)) for name, row in rows.items()}
 
     def _split(self, rows: Sequence[_XRay]) -> tuple[list[_XRay], list[_XRay]]:
         if self.subset == "hospital":
             test = [row for row in rows if row.consensus]
             patients = {row.group for row in self._rows.values() if row.consensus}
             return [row for row in rows if row.group not in patients], test
-        trains = train_groups({row.group: "all" for row in self._rows.values()}, self.train_share, self.split_seed)
+        groups = {row.group for row in self._rows.values()}
+        if self.fold is None:
+            trains = train_groups(dict.fromkeys(groups, "all"), self.train_share, self.split_seed)
+        else:
+            trains = groups - set(sorted(groups, key=partial(order, self.split_seed))[self.fold :: self.folds])
         return [row for row in rows if row.group in trains], [row for row in rows if row.group not in trains]
 
     def _sample(self, row: _XRay, file: os.DirEntry[str]) -> Sample:
