@@ -23,6 +23,7 @@ import argparse
 import base64
 import csv
 import io
+import json
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -49,6 +50,7 @@ PAPERS = {path.stem: path for path in sorted((ROOT / "scripts/papers").glob("*.y
 SCALES = ("smoke", "full")
 SHOWN = 3  # pictures of a run
 _LEFT = re.compile(r"(?:report: |checkpoint: |.*The folder: )(.+?)(?:/report\.html|/weights\.safetensors)?")
+_CHANGES_MAP = re.compile(r"\+*(method|attack|backbone|target)\b")
 _JOB = re.compile(r"  \d+  (.+?) +(done|failed): (.*)")  # of a sweep's summary; the line behind it is its folder
 
 
@@ -96,7 +98,9 @@ class Item:
 
     @property
     def networks(self) -> list[str]:
-        """What the numbers come from: a run or training lies in <dataset>/<network>/<method>/<id>."""
+        """What the numbers come from, if any are there: a run or training lies in <dataset>/<network>/<method>/<id>."""
+        if self.lines and not self.pictures and all(value is None for _, cells in self.lines for _, value in cells):
+            return []
         folders = [job.folder for outcome in self.outcomes.values() for job in outcome.jobs if job.folder is not None]
         return list(dict.fromkeys(f"{folder.parts[-3]} on {folder.parts[-4]}" for folder in folders))
 
@@ -153,7 +157,8 @@ def jobs_in(lines: Sequence[str], words: Sequence[str]) -> list[Job]:
         if match := _JOB.fullmatch(line):
             swept, done, told = match.groups()
             folder = Path(behind.strip()) if done == "done" else None
-            jobs.append(Job(typed | set(swept.split()), folder, told))
+            own = {word.partition("=")[0]: word for word in [*words, *swept.split()]}  # not the list that it is one of
+            jobs.append(Job(frozenset(own.values()), folder, told))
     return jobs
 
 
@@ -170,7 +175,8 @@ def measured(cell: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Value 
     if "metric" in cell:
         return _line(folder / "summary.csv", "mean", {"metric": cell["metric"]})
     if "test" in cell:
-        return _line(folder / "test.csv", "value", {"output": "all", **cell["test"]})
+        score = _line(folder / "test.csv", "value", {"output": "all", **cell["test"]})
+        return score and replace(score, n=json.loads((folder / "weights.json").read_bytes()).get("tested"))
     if "study" in cell:
         return _line(folder / "studies.csv", "value", cell["study"])
     store = RunStore(folder)
@@ -230,13 +236,19 @@ def filled(told: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Item:
     found = {(row, column): (published, measured(cell, outcomes)) for row, column, published, cell in cells_of(told)}
     for row in told.get("rows", {}):
         item.lines.append((row, [found.get((row, column), (None, None)) for column in told["columns"]]))
-    for name in told.get("pictures", ()):
-        for job in outcomes[name].jobs:
-            shown = sorted((job.folder / "overlays").glob("*.png"))[:SHOWN] if job.folder else []
-            if shown:
-                swept = " ".join(sorted(job.settings - set(shlex.split(outcomes[name].command)))) or name
-                item.pictures.append((swept, [base64.b64encode(path.read_bytes()).decode() for path in shown]))
+    jobs = [job for name in told.get("pictures", ()) for job in outcomes[name].jobs]
+    for job, name in zip(jobs, names_of(jobs), strict=True):
+        shown = sorted((job.folder / "overlays").glob("*.png"))[:SHOWN] if job.folder else []
+        if shown:
+            item.pictures.append((name, [base64.b64encode(path.read_bytes()).decode() for path in shown]))
     return item
+
+
+def names_of(jobs: Sequence[Job]) -> list[str]:
+    """What sets each job apart from the others, in the settings that change a map; of one alone its method."""
+    maps = [{word.lstrip("+") for word in job.settings if _CHANGES_MAP.match(word)} for job in jobs]
+    shared = set.intersection(*maps) if len(maps) > 1 else set()
+    return [" ".join(sorted(own - shared, key=lambda word: word.partition("=")[0])) or "the defaults" for own in maps]
 
 
 def runs_in(outcomes: Mapping[str, Outcome], outputs: Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from pathlib import Path
 
@@ -123,3 +124,88 @@ def test_the_real_pictures() -> None:
         image = np.asarray(found.read(sample).image)
         assert (image == image[..., :1]).all()  # also 16672_1_1.jpg, on which an author drew in red
         assert image.std() > 10
+
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+# where letters were: the table of `ibxai data clean`
+
+
+def letters_table(path: Path, rows: str) -> Path:
+    path.write_text(f"file,bytes,boxes,scores,done\n{rows}")
+    return path
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in the root", "by dataset.letters"])
+def test_boxes_of_letters_are_a_region(tmp_path: Path, beside: bool) -> None:
+    root = archive(tmp_path / "covidx")
+    rows = "data/test/e.png,9,2 3 7 9; 20 0 30 4,0.9 0.5,painted over\ndata/test/d.png,9,,,no letters found\n"
+    table = letters_table(root / "cleaned.csv" if beside else tmp_path / "cleaned.csv", rows)
+    found = dataset(root) if beside else dataset(root, letters=str(table))
+    one, other = (found.read(sample).regions for sample in found.samples())
+    assert one == {}
+    assert list(other) == ["letters"]
+    wanted = np.zeros((2, 20, 30), dtype=bool)  # 30 across, 20 down
+    wanted[0, 3:9, 2:7] = wanted[1, :4, 20:] = True
+    assert (other["letters"].numpy() == wanted).all()
+    assert ("letters", "boxes of them on 1 of the X-rays") in found.facts()
+    moved = letters_table(table, rows.replace("2 3 7 9", "2 3 8 9"))
+    again = dataset(root) if beside else dataset(root, letters=str(moved))
+    assert again.annotations() != found.annotations()  # scores of the old boxes are not taken for new ones
+    assert dataset(root, letters=str(letters_table(table, rows))).annotations() == found.annotations()
+
+
+def test_without_a_table_there_are_no_letters(tmp_path: Path) -> None:
+    found = dataset(archive(tmp_path))
+    assert all(not found.read(sample).regions for sample in found.samples())
+    assert ("letters", "boxes of them on 0 of the X-rays") in found.facts()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "error", "says"),
+    [
+        ("1 2 3", UserError, r"row 2: '1 2 3' is no list of left top right bottom"),
+        ("1 2 x 9", UserError, "row 2"),
+        ("7 3 2 9", UserError, "row 2"),
+        ("-1 3 2 9", UserError, "row 2"),
+        ("0 0 31 4", BadSample, "leaves its 30 x 20 pixels"),
+        ("0 0 30 21", BadSample, "leaves its 30 x 20 pixels"),
+    ],
+)
+def test_boxes_that_cannot_be(tmp_path: Path, boxes: str, error: type[Exception], says: str) -> None:
+    found = dataset(archive(tmp_path))
+    letters_table(tmp_path / "cleaned.csv", f"data/test/d.png,9,{boxes},1,painted over\n")
+    with pytest.raises(error, match=says):
+        found.read(found.samples()[0])
+
+
+def test_a_table_of_other_pictures_is_refused(tmp_path: Path) -> None:
+    root = archive(tmp_path / "covidx")
+    table = letters_table(tmp_path / "cleaned.csv", "images/x.png,9,2 3 7 9,0.9,painted over\n")
+    with pytest.raises(UserError, match="on none of the X-rays"):
+        dataset(root, letters=str(table)).samples()
+    with pytest.raises(UserError, match="cannot be read"):
+        dataset(root, letters=str(tmp_path / "nowhere.csv")).samples()
+
+
+@needs_real_files
+def test_letters_of_the_real_pictures(tmp_path: Path) -> None:
+    """The boxes that were drawn by hand, as a table: bright letters lie in them."""
+    with (REAL / "burned_in_letters.csv").open() as file:
+        drawn = list(csv.DictReader(file))
+    rows = "".join(
+        f"data/{row['split']}/{row['filename']},1,{' '.join(row[side] for side in SIDES)},1,painted over\n"
+        for row in drawn
+    )
+    table = letters_table(tmp_path / "cleaned.csv", rows)
+    found = dataset(REAL, letters=str(table))
+    marked = 0
+    for sample in (*found.samples(), *found.in_split("train")):
+        picture = found.read(sample)
+        if "letters" in picture.regions:
+            grey, (inside,) = np.asarray(picture.image)[..., 0], picture.regions["letters"].numpy()
+            assert inside.shape == grey.shape
+            assert grey[inside].max() > 200
+            marked += 1
+    assert marked == len(drawn) == 10

@@ -41,7 +41,7 @@ def test_every_job_of_a_sweep_is_a_plan(name: str, plans: list[pipeline.Plan]) -
     assert main(["run", "-m", f"experiment={name}"]) == 0
     sweep = swept(name)
     assert len(plans) == math.prod(map(len, sweep.values()))
-    described = [str(plan.settings["method"]) for plan in plans]
+    described = [str((plan.settings["method"], plan.settings["attack"])) for plan in plans]
     assert len(set(described)) == len(plans)  # each job is another
     for key, values in sweep.items():
         for value in values:
@@ -51,6 +51,8 @@ def test_every_job_of_a_sweep_is_a_plan(name: str, plans: list[pipeline.Plan]) -
 def _setting(plan: pipeline.Plan, key: str) -> str:
     if key == "method":
         return plan.method_name
+    if key == "attack":
+        return plan.attack_name or "[]"
     node = plan.settings
     for part in key.split("."):
         node = node[part]

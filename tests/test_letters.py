@@ -217,7 +217,7 @@ def test_a_dataset_without_its_letters(covidx: COVIDx, tmp_path: Path) -> None:
         assert same.all()
     cleaned = CleanedCOVIDx(str(to), "covidx_clean", "test", 10)
     assert [s.label for s in cleaned.in_split("train")] == [s.label for s in covidx.in_split("train")]
-    assert ("letters", "painted over on 2 of 5 X-rays") in cleaned.facts()
+    assert ("letters", "boxes of them on 2 of the X-rays") in cleaned.facts()
     with pytest.raises(UserError, match=r"no cleaned\.csv(.|\n)*data clean"):
         CleanedCOVIDx(covidx.root, "covidx_clean", "test", 10).samples()
 

@@ -35,12 +35,31 @@ def _script() -> ModuleType:
 
 paper = _script()
 PAPERS = {name: paper.read(name) for name in paper.PAPERS}
-# composing is slow: those that differ in numbers, or in the settings that a scale adds, are tried once
-COMMANDS = {
-    re.sub(r"\d+", "N", command["all"]): (name, key)
-    for name, told in PAPERS.items()
-    for key, command in told["commands"].items()
-}.values()
+
+
+def choices_of(command: dict[str, str]) -> set[tuple[str, ...]]:
+    """What a command line says, word by word: each name that a group gets, and each setting with what it is one of."""
+    line = f"{command['all']} {command.get('full', command.get('smoke'))}"
+    word, *settings = re.sub(r"[\d.]*\d|\$\{\w+\}", "N", line).split()
+    chosen = {key: value.strip("[]").split(",") for key, _, value in (text.partition("=") for text in settings)}
+    found = set()
+    for key, values in chosen.items():
+        group, _, setting = key.partition(".")
+        owners = chosen.get(group, chosen.get("experiment", [""])) if setting and group != "metric" else [""]
+        found |= {(word, key, value, owner) for value in values for owner in owners}
+    return found
+
+
+def commands_to_try() -> list[tuple[str, str]]:
+    """Composing is slow, and the commands are much alike: those that say something which none before them says."""
+    every = {(name, key): choices_of(own) for name, told in PAPERS.items() for key, own in told["commands"].items()}
+    said: set[tuple[str, ...]] = set()
+    tried = []
+    for command, own in sorted(every.items(), key=lambda pair: -len(pair[1])):
+        if own - said:
+            tried.append(command)
+            said |= own
+    return tried
 
 
 def jobs_of(words: list[str]) -> list[set[str]]:
@@ -50,7 +69,8 @@ def jobs_of(words: list[str]) -> list[set[str]]:
         key, _, value = word.partition("=")
         if key == "experiment":
             preset = yaml.safe_load(entries()["experiment"][value].text)
-            swept |= {k: str(v).split(",") for k, v in preset["hydra"]["sweeper"]["params"].items()}
+            values = {k: str(v).replace("[]", "null") for k, v in preset["hydra"]["sweeper"]["params"].items()}
+            swept |= {k: v.split(",") for k, v in values.items()}
     for word in words:
         key, _, value = word.partition("=")
         lists = value.startswith("[") and "],[" in value
@@ -80,11 +100,11 @@ def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "command"), COMMANDS)
+@pytest.mark.parametrize(("name", "command"), commands_to_try())
 def test_a_command_is_one_that_ibxai_takes(
     name: str, command: str, composed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The scale that has it is composed and built; of a sweep the first job, as test_experiments.py builds presets."""
+    """The scale that has it is composed and built; of a sweep one job, as test_experiments.py builds presets."""
     told = PAPERS[name]["commands"][command]
     for variable in paper.Template("\n".join(map(str, told.values()))).get_identifiers():
         monkeypatch.setenv(variable, str(tmp_path))
@@ -97,12 +117,10 @@ def test_a_command_is_one_that_ibxai_takes(
     first = jobs_of(rest)[0] - set(rest)
     swept = {setting.partition("=")[0] for setting in first}
     kept = [setting for setting in rest if setting.partition("=")[0] not in swept]
-    # the first method twice: a sweep for Hydra, whose base lacks the method's settings
-    twice = [
-        f"{setting},{setting.partition('=')[2]}" if setting.startswith("method=") else setting for setting in first
-    ]
-    assert main([word, *kept, *twice, f"outputs={tmp_path}"]) == 0
-    assert len(composed) == (2 if twice != [*first] else 1)
+    preset = any(setting.startswith("experiment=") for setting in kept)  # it is run with -m, and no other needs it
+    sweeps = [] if preset else ["-m"]
+    assert main([word, *(text for text in kept if text not in sweeps), *first, f"outputs={tmp_path}"]) == 0
+    assert len(composed) == 1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -187,6 +205,25 @@ def test_jobs_of_a_sweep_are_read_from_its_summary() -> None:
     assert "dataset=sample" in jobs[1].settings
 
 
+def test_pictures_are_named_by_what_sets_their_runs_apart() -> None:
+    def job(*words: str) -> Any:
+        return paper.Job(frozenset({"run", "dataset=sample", "metric.insertion.resolution=7", *words}), None)
+
+    coarse, fine = job("method=igospp", "method.resolution=7"), job("method=igospp", "+method.resolution=28")
+    assert paper.names_of([coarse, fine]) == ["method.resolution=7", "method.resolution=28"]
+    assert paper.names_of([fine, job("method=rise")]) == ["method=igospp method.resolution=28", "method=rise"]
+    assert paper.names_of([job("method=igospp")]) == ["method=igospp"]
+    assert paper.names_of([job("attack=null"), job()]) == ["attack=null", "the defaults"]
+
+
+def test_a_table_of_dashes_names_no_network() -> None:
+    outcome = paper.Outcome("", [paper.Job(frozenset(), Path("d/b/m/1"))])
+    empty, full = ([("row", [(0.5, None)])], [("row", [(0.5, None), (0.5, paper.Value(0.4))])])
+    assert paper.Item({}, {"x": outcome}, lines=empty).networks == []
+    assert paper.Item({}, {"x": outcome}, lines=full).networks == ["b on d"]
+    assert paper.Item({}, {"x": outcome}).networks == ["b on d"]  # no table at all
+
+
 def test_a_command_that_fails_says_why_in_its_own_words() -> None:
     outcome = paper.run_command(["list", "nowhere"])
     assert "nowhere" in outcome.problem
@@ -224,6 +261,11 @@ def test_numbers_come_from_the_tables_of_the_run_that_is_named(tmp_path: Path) -
         {"from": "maps", "job": "method=iba", "study": {"metric": "ssim", "labels": "random"}}, outcomes
     )
     assert study.value == 0.1
+    (folders["iba"] / "test.csv").write_text("output,metric,value,low,high\nall,accuracy,0.8,0.7,0.9\n")
+    (folders["iba"] / "weights.json").write_text('{"tested": 12}')
+    trained = {"from": "maps", "job": "method=iba", "test": {"metric": "accuracy"}}
+    assert paper.measured(trained, outcomes) == paper.Value(0.8, 0.7, 0.9, 12)
+    assert paper.measured({**trained, "test": {"metric": "f1"}}, outcomes) is None
 
 
 def test_the_mean_of_one_class(tmp_path: Path) -> None:

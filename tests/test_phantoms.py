@@ -270,6 +270,25 @@ def _moved(old: Path, new: Path):
     return lambda sample: replace(sample, source=new / sample.source.relative_to(old))
 
 
+@pytest.mark.parametrize("truth", ["outline", "box"])
+def test_health_is_whether_there_is_any_finding(cxr: Path, truth: str) -> None:
+    seen = set()
+    for split in ("train", "test"):
+        findings, health = (read_cxr(cxr, split, outputs=own, truth=truth) for own in ("findings", "health"))
+        assert health.class_names == ("healthy", "ill")
+        for one, two in zip(findings.samples(), health.samples(), strict=True):
+            assert (one.sample_id, one.source) == (two.sample_id, two.source)
+            assert (two.label, two.values) == (int(sum(one.values) > 0), ())
+            old, new = findings.read(one).regions, health.read(two).regions
+            lesions = [plane for name in sorted(old) if name.startswith("target@") for plane in old[name]]
+            assert [name for name in new if name.startswith("target")] == (["target@1"] if two.label else [])
+            assert all(map(torch.equal, new.get("target@1", ()), lesions))
+            assert len(new.get("target@1", ())) == len(lesions)
+            assert all(torch.equal(new[name], old[name]) for name in ("lungs", "letters"))
+            seen.add((two.label, len(lesions) > 1))
+    assert seen >= {(0, False), (1, False), (1, True)}
+
+
 def test_dicom_and_png_show_the_same_picture(cxr: Path) -> None:
     """MONOCHROME1 files are stored inverted, and must come out as the others."""
     pictures, dicoms = read_cxr(cxr, "train"), read_cxr(cxr, "train", outputs="global")

@@ -6,20 +6,26 @@ a text file a split and a release says what they are. In `root`:
     data/train/*  data/test/*  (or train/, test/)        labels/train_COVIDx4.txt  labels/test_COVIDx4.txt  (or beside)
 
 A line is "patient file class source"; the source is left out in old releases and in 197 test lines of COVIDx4.
+
+Where letters are burned in is not published. The table of `ibxai data clean` has it: the boxes that it painted over are
+the region "letters" of the pictures as they were, and of the cleaned ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from ibxai.datasets.letters import TABLE as CLEANED
+from ibxai.datasets.letters import Corners, planes_of, read_boxes
 from ibxai.datasets.pictures import read_picture
 from ibxai.datasets.splits import Found, SplitDataset, by_id, files_in, size_of
-from ibxai.datasets.tables import read_lines, read_table
+from ibxai.datasets.tables import read_lines
 from ibxai.errors import UserError
 from ibxai.types import Picture, Sample
 
@@ -29,9 +35,12 @@ PICTURES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class COVIDx(SplitDataset):
-    """The X-rays under `root`. release: the label files train_<release>.txt and test_<release>.txt are read."""
+    """The X-rays under `root`. release: the label files train_<release>.txt and test_<release>.txt are read. letters:
+    the cleaned.csv that has the boxes of these X-rays' letters; None for the one in `root`, where there is one.
+    """
 
     release: str = "COVIDx4"
+    letters: str | None = None
 
     title: ClassVar[str] = "COVIDx"
     how_to_get: ClassVar[str] = (
@@ -44,8 +53,17 @@ class COVIDx(SplitDataset):
         return CLASSES
 
     def read(self, sample: Sample) -> Picture:
-        """The X-ray in grey: some authors' arrows and boxes are red, and a colour is no finding."""
-        return Picture(read_picture(sample.source).convert("L").convert("RGB"))
+        """The X-ray in grey: some authors' arrows and boxes are red, and a colour is no finding. Where it has letters,
+        their region is bool [R, H, W], one plane a box. Raises BadSample for a box outside the picture.
+        """
+        image = read_picture(sample.source).convert("L").convert("RGB")
+        boxes = self._letters.get(self._name(sample), ())
+        return Picture(image, {"letters": planes_of(boxes, *image.size)} if boxes else {})
+
+    def annotations(self) -> str:
+        """A digest of the letters' boxes of the explained X-rays; 64 hex digits."""
+        boxes = [(sample.sample_id, self._letters.get(self._name(sample), ())) for sample in self.samples()]
+        return hashlib.sha256(repr(boxes).encode()).hexdigest()
 
     def _look(self, root: Path) -> Found:
         lines = {split: self._lines(root, split) for split in ("train", "test")}
@@ -56,7 +74,20 @@ class COVIDx(SplitDataset):
             (f"{split} list", f"{len(lines[split]):,} X-rays, of which {len(samples[split]):,} are here")
             for split in lines
         )
-        return Found(by_id(samples["train"]), by_id(samples["test"]), facts)
+        marked = sum(self._name(sample) in self._letters for own in samples.values() for sample in own)
+        if self._letters and not marked:
+            raise UserError(f"dataset.letters={self.letters}: its boxes are on none of the X-rays in {self.root}.")
+        letters = ("letters", f"boxes of them on {marked:,} of the X-rays")
+        return Found(by_id(samples["train"]), by_id(samples["test"]), (*facts, letters))
+
+    @cached_property
+    def _letters(self) -> Mapping[str, tuple[Corners, ...]]:
+        """Path under the root -> the boxes of its letters; none at all without a table."""
+        table = self.folder / CLEANED if self.letters is None else Path(self.letters).expanduser()
+        return read_boxes(table) if self.letters is not None or table.is_file() else {}
+
+    def _name(self, sample: Sample) -> str:
+        return sample.source.relative_to(self.folder).as_posix()
 
     def _lines(self, root: Path, split: str) -> Mapping[str, tuple[str, str]]:
         wanted = f"{split}_{self.release}.txt"
@@ -91,10 +122,7 @@ class CleanedCOVIDx(COVIDx):
     def _look(self, root: Path) -> Found:
         if not (root / CLEANED).is_file():
             raise self.missing(f"there is no {CLEANED} in {root}, so its letters have not been painted over")
-        found = super()._look(root)
-        rows = read_table(root / CLEANED, ("file", "boxes"))
-        painted = sum(bool(row["boxes"]) for row in rows)
-        return replace(found, facts=(*found.facts, ("letters", f"painted over on {painted:,} of {len(rows):,} X-rays")))
+        return super()._look(root)
 
 
 def read_list(path: Path) -> Mapping[str, tuple[str, str]]:

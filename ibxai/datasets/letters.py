@@ -31,11 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 from tqdm import tqdm
 
 from ibxai.datasets.pictures import read_picture
 from ibxai.datasets.splits import SplitDataset
+from ibxai.datasets.tables import read_table
 from ibxai.errors import BadSample, UserError
 from ibxai.store import explained_os_errors, safe_name, write_atomically
 
@@ -138,6 +141,35 @@ def paint_over(picture: Image.Image, letters: Sequence[Letters]) -> Image.Image:
         left, top, right, bottom = own.corners
         mask[top:bottom, left:right] = 1
     return Image.fromarray(cv2.inpaint(pixels, mask, RADIUS, cv2.INPAINT_TELEA))
+
+
+def read_boxes(path: Path) -> Mapping[str, tuple[Corners, ...]]:
+    """File, as a path under its root -> the boxes of its letters, of those that have any, from a cleaned.csv.
+
+    Raises UserError for what is no such table.
+    """
+    found = {}
+    for number, row in enumerate(read_table(path, ("file", "boxes")), start=2):
+        boxes = [tuple(map(_edge, box.split())) for box in row["boxes"].split(";") if box.strip()]
+        if any(len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]) for box in boxes):
+            raise UserError(f"{path}, row {number}: {row['boxes'][:100]!r} is no list of left top right bottom; ...")
+        if boxes:
+            found[row["file"]] = tuple(boxes)
+    return found  # type: ignore[return-value]  # four numbers each, as was looked at
+
+
+def _edge(text: str) -> int:
+    return int(text) if text.isdecimal() else -1
+
+
+def planes_of(boxes: Sequence[Corners], width: int, height: int) -> Tensor:
+    """bool [R, height, width], one plane a box. Raises BadSample for one that lies outside the picture."""
+    planes = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for plane, (left, top, right, bottom) in zip(planes, boxes, strict=True):
+        if right > width or bottom > height:
+            raise BadSample(f"its letters' box {left} {top} {right} {bottom} leaves its {width} x {height} pixels")
+        plane[top:bottom, left:right] = True
+    return planes
 
 
 def clean(dataset: Any, to: Path, shown: int = 100) -> Cleaned:

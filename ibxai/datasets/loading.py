@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ibxai.errors import BadSample
 from ibxai.preprocessing import Preprocessing
 from ibxai.targets import PREDICTED, Predicted, TargetSpec
-from ibxai.tokenisation import PAD_ID, Tokenisation
+from ibxai.tokenisation import PAD_ID, Tokeniser
 from ibxai.types import Batch, Dataset, Sample, Text
 
 Work = Sequence[tuple[Sample, tuple[int, ...]]]
@@ -50,7 +50,7 @@ def load_batches(
     dataset: Dataset,
     work: Work,
     target_spec: TargetSpec,
-    preprocessing: Preprocessing | Tokenisation,
+    preprocessing: Preprocessing | Tokeniser,
     batch_size: int,
     workers: int,
 ) -> Iterator[Loaded]:
@@ -91,7 +91,7 @@ class ReferenceBatches:
     """
 
     dataset: Dataset
-    preprocessing: Preprocessing | Tokenisation
+    preprocessing: Preprocessing | Tokeniser
     batch_size: int
     workers: int
     cache: Path | None = None
@@ -112,7 +112,7 @@ class ReferenceBatches:
 
 def reference_batches(
     dataset: Dataset,
-    preprocessing: Preprocessing | Tokenisation,
+    preprocessing: Preprocessing | Tokeniser,
     batch_size: int,
     workers: int,
     cache: Path | None = None,
@@ -171,7 +171,7 @@ class _Decoder(TorchDataset):
     dataset: Dataset
     work: Work
     target_spec: TargetSpec
-    preprocessing: Preprocessing | Tokenisation
+    preprocessing: Preprocessing | Tokeniser
 
     def __len__(self) -> int:
         return len(self.work)

@@ -49,6 +49,7 @@ from ibxai.draws import normal, sample_keys
 from ibxai.store import write_atomically
 from ibxai.types import Picture, Sample
 
+HEALTH = ("healthy", "ill")
 _FIELD = 335.0  # mm: a side of the picture
 _DEPTH = np.arange(-150.0, 150.0, 3.0)  # mm, along the beam
 _ROWS_AT_ONCE = 16
@@ -89,14 +90,15 @@ class _Severity(BrixIA):
 
 @dataclass(frozen=True)
 class PhantomCXR(SplitDataset):
-    """Made X-rays. outputs: what the network's outputs are: "findings", the 8 of ChestX-ray8, read as that is; or
-    "global", "regions", "presence", the severity as `BrixIA` has it, read as that is.
+    """Made X-rays. outputs: what the network's outputs are: "findings", the 8 of ChestX-ray8, read as that is;
+    "health", whether there is any of these, as classes; or "global", "regions", "presence", the severity as `BrixIA`
+    has it, read as that is.
 
-    truth: what a finding's region "target@<number>" is, its "outline" or the official "box". Of severity, "target" is
-    the outline of all that was scored.
+    truth: what a finding's region "target@<number>" is, its "outline" or the official "box"; of health those of all
+    findings are "target@1". Of severity, "target" is the outline of all that was scored.
     """
 
-    outputs: Literal["findings", "global", "regions", "presence"] = "findings"
+    outputs: Literal["findings", "health", "global", "regions", "presence"] = "findings"
     truth: Literal["outline", "box"] = "outline"
 
     title: ClassVar[str] = "Phantom X-rays"
@@ -107,7 +109,7 @@ class PhantomCXR(SplitDataset):
 
     @property
     def class_names(self) -> Sequence[str]:
-        return self._official.class_names
+        return HEALTH if self.outputs == "health" else self._official.class_names
 
     def read(self, sample: Sample) -> Picture:
         """The X-ray with the regions of the official reader, "lungs", the outlines, and "letters" where one is burned
@@ -117,13 +119,16 @@ class PhantomCXR(SplitDataset):
         name, (width, height) = sample.source.stem, picture.image.size
         regions = dict(picture.regions)
         outlines = {finding: _read_plane(path) for finding, path in self._outlines.get(name, {}).items()}
-        if self.outputs == "findings":
+        if self.outputs in ("findings", "health"):
             regions["lungs"] = _read_plane(self.folder / f"lungs/{name}.png")
             if self.truth == "outline":
                 regions |= {f"target@{FINDINGS.index(finding)}": plane for finding, plane in outlines.items()}
         elif self.outputs != "presence":
             scored = [outlines[finding] for finding in _SCORED if finding in outlines]
             regions |= {"target": torch.stack(scored).any(0)} if scored else {}
+        if self.outputs == "health":
+            found = [regions.pop(region) for region in sorted(regions) if region.startswith("target@")]
+            regions |= {"target@1": torch.cat(found)} if found else {}
         if name in self._letters:
             regions["letters"] = box_region(self._letters[name], width, height)
         return Picture(picture.image, regions)
@@ -146,12 +151,14 @@ class PhantomCXR(SplitDataset):
             ("outlines", f"{sum(map(len, self._outlines.values())):,} of findings"),
             ("letters", f"burned into {len(self._letters):,} X-rays"),
         )
+        if self.outputs == "health":
+            found = Found(tuple(map(_health, found.train)), tuple(map(_health, found.test)), facts)
         return replace(found, facts=facts)
 
     @cached_property
     def _official(self) -> ChestXRay8 | BrixIA:
         common = (self.root, self.name, self.split, self.reference_size)
-        if self.outputs == "findings":
+        if self.outputs == "findings" or self.outputs == "health":
             return _Findings(*common)
         return _Severity(*common, outputs=self.outputs, lungs=str(self.folder / "lungs"))
 
@@ -167,6 +174,10 @@ class PhantomCXR(SplitDataset):
     @cached_property
     def _letters(self) -> Mapping[str, tuple[int, int, int, int]]:
         return read_letters(self.folder)
+
+
+def _health(sample: Sample) -> Sample:
+    return replace(sample, label=int(any(sample.values)), values=())
 
 
 def _read_plane(path: Path) -> torch.Tensor:

@@ -152,13 +152,14 @@ def _right(network: nn.Module, pictures: InMemory, task: Task) -> float:
 
 def compared(task: Task, backbone: Backbone, seed: int, coordinates: Coordinates, sign: Sign, window: int) -> Cell:
     """The method's maps of another network against the run's own: the same rows, the same targets."""
+    backbone.rows_that_fit = task.backbone.rows_that_fit  # the same network with other weights
     attribute = task.fitted(backbone, seed)
     row_ids: list[str] = []
     group_ids: list[str] = []
     columns: dict[str, list[Tensor]] = {}
     for explained in task.explained():
         batch = explained.batch
-        found = with_backoff(partial(attribute, batch), backbone).heatmap
+        found = with_backoff(partial(attribute, batch), backbone, "method", batch.inputs.shape[1:]).heatmap
         for name, of_batch in similarities(explained.heatmaps, found, sign, window).items():
             columns.setdefault(name, []).append(of_batch)
         row_ids += explained.row_ids

@@ -75,14 +75,15 @@ class Reveal:
             rows += [explained.row_ids[place] for place in places]
             groups += [batch.group_ids[place] for place in places]
             if places:
-                values = with_backoff(partial(self.shown, task.backbone, batch.take(places)), task.backbone)
+                answers = partial(self.shown, task.backbone, batch.take(places))
+                values = with_backoff(answers, task.backbone, "study", batch.inputs.shape[1:])
                 for shown, of_shown in values.items():
                     for name, column in of_shown.items():
                         found[shown][name] += column.tolist()
         if not rows:
             raise UserError(
                 f"study={task.cells.key.name}: no picture of {task.dataset.name} has a region '{self.region}'.\n"
-                "Phantoms have letters when they are made with --letters leak or random."
+                "Phantoms have letters when made with --letters leak; COVIDx by dataset.letters=, see docs/clinic.md."
             )
         return {shown: Cell({"shown": shown}, tuple(rows), tuple(groups), found[shown]) for shown in SHOWN}
 

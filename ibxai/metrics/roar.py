@@ -165,7 +165,10 @@ class _Data:
             work, preprocessing = [(sample, (0,)) for sample in piece], task.backbone.preprocessing
             loaded = load_batches(task.dataset, work, task.target, preprocessing, task.batch_size, task.workers)
             batches = [part.batch for part in loaded if part.batch is not None]
-            heatmaps = [with_backoff(partial(heatmap, batch), task.backbone) for batch in batches]
+            heatmaps = [
+                with_backoff(partial(heatmap, batch), task.backbone, "method", batch.inputs.shape[1:])
+                for batch in batches
+            ]
             return torch.cat(heatmaps).numpy()
 
         def heatmap(batch: Batch) -> Tensor:

@@ -207,7 +207,9 @@ class _Data:
             work, preprocessing = [(sample, (0,)) for sample in piece], task.backbone.preprocessing
             for loaded in load_batches(task.dataset, work, task.target, preprocessing, task.batch_size, task.workers):
                 if loaded.batch is not None:
-                    values = with_backoff(partial(explained, loaded.batch), task.backbone)
+                    values = with_backoff(
+                        partial(explained, loaded.batch), task.backbone, "method", loaded.batch.inputs.shape[1:]
+                    )
                     found |= dict(zip(loaded.batch.sample_ids, values, strict=True))
             return np.stack(list(found.values()))
 

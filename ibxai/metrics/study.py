@@ -105,7 +105,7 @@ class Task:
             if loaded.batch is None:
                 continue
             batch = loaded.batch.to(self.device)
-            batch = with_backoff(partial(batch.bound, self.backbone), self.backbone)
+            batch = with_backoff(partial(batch.bound, self.backbone), self.backbone, "target", batch.inputs.shape[1:])
             yield Explained(batch, loaded.row_ids, self._stored(loaded.row_ids))
 
     def _stored(self, row_ids: Sequence[str]) -> Tensor:
@@ -122,7 +122,7 @@ class Task:
     def fitted(self, backbone: Backbone, seed: int, cache: Path | None = None) -> Attributor:
         """The method, fitted on any network: all that it estimates is estimated on this one."""
         reference = reference_batches(self.dataset, backbone.preprocessing, self.batch_size, self.workers, cache)
-        return with_backoff(lambda: self.method.fit(backbone, reference, seed), backbone)
+        return with_backoff(lambda: self.method.fit(backbone, reference, seed), backbone, "fit")
 
     def train_split(self, size: int | None) -> Sequence[Sample]:
         """The first `size` pictures that a network may be trained on. Raises UserError when there are none apart."""
