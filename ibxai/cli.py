@@ -26,7 +26,7 @@ usage: ibxai COMMAND ...
 
   run           compute heatmaps, scores and a report (`ibxai run --help`: all settings)
   train         train a network on a dataset, for `ibxai run` to explain (`ibxai train --help`)
-  report        put all runs of a folder on one page
+  report        put all runs of a folder on one page (--verify: look for damaged heatmaps first)
   list          show what can be chosen: datasets, backbones, methods, targets, metrics, studies, losses
   data          check a dataset's files; clean its pictures of burned-in letters; make phantoms (`ibxai data --help`)
   reader-study  a blinded page on which experts compare runs; `reader-study score` counts what they said
@@ -217,19 +217,28 @@ def filled_help(command: str, config_dir: Path | None) -> str:
 
 
 def _report(arguments: list[str]) -> int:
-    parser = _parser("report", "[FOLDER]")
+    parser = _parser("report", "[FOLDER] [--verify]")
     parser.add_argument("folder", nargs="?", default="outputs", help="the outputs of the runs (outputs)")
-    folder = parser.parse_args(arguments).folder.removeprefix("outputs=")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all heatmaps; remove damaged ones, which their run then makes again"
+    )
+    options = parser.parse_args(arguments)
+    folder = options.folder.removeprefix("outputs=")
     outputs = Path(os.path.expanduser(folder))
     if not outputs.is_dir():
         raise UserError(f"There is no folder {folder!r}: give the outputs of your runs, ibxai report FOLDER.")
-    from ibxai.report import write_leaderboard
+    from ibxai.report import finish_runs, remove_damaged, write_leaderboard
     from ibxai.store import find_runs
 
     if not find_runs(outputs):
         raise UserError(f"There are no runs in {folder!r}: start one with `ibxai run`, or give the folder of yours.")
+    damaged = remove_damaged(outputs) if options.verify else []
+    for reason in damaged:
+        print(f"damaged, removed: {reason}")
+    for page in finish_runs(outputs):
+        print(f"finished: {page}")
     print(write_leaderboard(outputs))
-    return 0
+    return 3 if damaged else 0
 
 
 def _list(arguments: list[str]) -> int:

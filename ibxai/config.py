@@ -65,6 +65,7 @@ class TrainConfig:
     epochs: int | None = MISSING
     batch_size: int | None = MISSING
     learning_rate: float | None = MISSING
+    learns: str = MISSING
     patience: int = MISSING
     validation_share: float = MISSING
     seed: int = MISSING
@@ -137,15 +138,18 @@ def make_training(cfg: DictConfig, choices: Mapping[str, Any], hints: Mapping[st
     check_settings(settings, choices, hints, "train")
     parts = {group: build(settings[group], group) for group in _SINGLE if settings.get(group) is not None}
     loss = settings.get("loss")
-    from ibxai.train import PRECISIONS, TrainPlan
+    from ibxai.train import LEARNS, PRECISIONS, TrainPlan
 
     if settings["precision"] not in PRECISIONS:
         raise UserError(f"precision={settings['precision']}: one of {', '.join(PRECISIONS)} is expected.")
+    if settings["learns"] not in LEARNS:
+        raise UserError(f"learns={settings['learns']}: one of {', '.join(LEARNS)} is expected.")
     given = {key: settings[key] for key in ("epochs", "batch_size", "learning_rate") if settings[key] is not None}
     return TrainPlan(
         **parts,
         loss=None if loss is None else build(loss, "loss"),
         given=given,
+        learns=settings["learns"],
         patience=settings["patience"],
         validation_share=settings["validation_share"],
         settings=settings,

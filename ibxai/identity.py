@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +132,3 @@ def warnings_of(plan: Plan, backbone: Backbone) -> list[str]:
         settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(plan.attack).items())  # type: ignore[call-overload]
         notes.append(f"Adversarial inputs: what is explained and judged is changed by {plan.attack_name} ({settings}).")
     return notes
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from ibxai.catalogue import entries, hints
 from ibxai.config import make_plan, make_training
 from ibxai.errors import UserError
-from ibxai.overrides import check, explained
+from ibxai.overrides import as_hydra_takes, as_typed, check, explained, for_sweep, searches
 
 if TYPE_CHECKING:
     from ibxai.pipeline import Outcome
@@ -41,7 +41,7 @@ _WORST_LAST = (DONE, SKIPPED, USER_ERROR, BUG)
 @dataclass(frozen=True)
 class Record:
     """What came of a job. summary: one line. folder: where its results are, "" when it has none. outputs: the folder
-    that it was given for them.
+    that it was given for them. cost: what a sweeper that searches makes small, see `report.sweeps.cost`.
     """
 
     overrides: list[str]
@@ -49,6 +49,7 @@ class Record:
     summary: str
     folder: str = ""
     outputs: str = ""
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class _Done:
     summary: str
     folder: Path
     exit_code: int = DONE
+    cost: float | None = None
 
 
 class _ReaderGone(BaseException):
@@ -91,7 +93,7 @@ def _run_sweep(overrides: Sequence[str], config_dir: Path | None, command: str) 
         # quoted, since Hydra reads some characters of a path in its own way
         own = "hydra.sweep.dir='" + place.replace("\\", "\\\\").replace("'", "\\'") + "'"
         try:
-            call_hydra(["--multirun", *overrides, own], config_dir, command)
+            call_hydra(["--multirun", *for_sweep(overrides), own], config_dir, command)
         except _ReaderGone as gone:
             raise BrokenPipeError from gone
         except Exception as error:  # of the launcher: a worker was killed, a cluster refused
@@ -104,6 +106,9 @@ def _run_sweep(overrides: Sequence[str], config_dir: Path | None, command: str) 
             "No job reported back.\nA launcher that uses other machines needs a TMPDIR which those machines share."
         )
     print("\n" + sweep_summary(records))
+    judged = [record for record in records if record.cost is not None]
+    if searches(overrides) and judged:
+        print(f"best: {' '.join(min(judged, key=lambda record: record.cost or 0.0).overrides)}")
     if (page := _sweep_page(records)) is not None:
         print(f"sweep: {page}")
     if broken is not None:
@@ -155,11 +160,11 @@ def call_hydra(
     arguments: Sequence[str],
     config_dir: Path | None,
     command: str = "run",
-    job: Callable[[DictConfig], None] | None = None,
+    job: Callable[[DictConfig], object] | None = None,
 ) -> None:
     """Hydra's own command line, with its errors turned into a UserError where they are a user's mistake."""
     catalogue = entries(config_dir)
-    typed = [*(["--config-dir", str(config_dir)] if config_dir else []), *arguments]
+    typed = [*(["--config-dir", str(config_dir)] if config_dir else []), *map(as_hydra_takes, arguments)]
     main = hydra.main(config_path="pkg://ibxai.conf", config_name=command, version_base="1.3")(job or _job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on, rather than printing them and exiting
     try:
@@ -182,22 +187,23 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = typed
 
 
-def _job(cfg: DictConfig) -> None:
-    """A job of a sweep, in whatever process."""
+def _job(cfg: DictConfig) -> float | None:
+    """A job of a sweep, in whatever process; its cost."""
     job = HydraConfig.get()
     try:
         print(f"\njob {job.job.num}: {' '.join(_overrides()) or 'the defaults'}", flush=True)
     except BrokenPipeError as error:
         raise _ReaderGone from error
-    record = Path(job.sweep.dir, f"job-{job.job.num:06d}.json")
-    written = record.with_suffix(".tmp")
-    written.write_text(json.dumps(asdict(_attempt(cfg))))
-    written.replace(record)
+    record, path = _attempt(cfg), Path(job.sweep.dir, f"job-{job.job.num:06d}.json")
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(asdict(record)))
+    written.replace(path)
+    return record.cost
 
 
 def _overrides() -> list[str]:
     """Unresolved: "seed=${x}" is a text here, and not to be filled in."""
-    return [str(text) for text in OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)]  # type: ignore[union-attr]
+    return [as_typed(str(text)) for text in OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)]  # type: ignore[union-attr]
 
 
 def _config_dir() -> Path | None:
@@ -233,24 +239,26 @@ def _attempt(cfg: DictConfig) -> Record:
         traceback.print_exc()
         return Record(overrides, BUG, f"failed: {type(error).__name__}: {_first_line(error)}", outputs=outputs)
     print("\n".join(done.lines), flush=True)
-    return Record(overrides, done.exit_code, f"done: {done.summary}", str(done.folder), outputs)
+    return Record(overrides, done.exit_code, f"done: {done.summary}", str(done.folder), outputs, done.cost)
 
 
 def _explain(cfg: DictConfig, choices: Mapping[str, Any], meanings: Mapping[str, str], command: str) -> _Done:
     """A job of `ibxai run`."""
     plan = make_plan(cfg, choices, meanings, command)
     from ibxai import pipeline
+    from ibxai.report.sweeps import cost
 
     outcome = pipeline.run(plan)
+    number = cost(outcome.folder, outcome.metrics[0]) if outcome.metrics else None
     page = f"report: {outcome.report}"
     if outcome.missing:
         rows = _count(outcome.missing, "row")
         page = f"{rows} of other shards not there yet: the last one makes the page. The folder: {outcome.folder}"
     if not outcome.skipped:
-        return _Done([told(outcome), page], told(outcome), outcome.folder)
+        return _Done([told(outcome), page], told(outcome), outcome.folder, cost=number)
     skipped = f"{_count(len(outcome.skipped), 'sample')} skipped"
     why = f"{skipped}: {outcome.folder / 'skipped.csv'} says why"
-    return _Done([told(outcome), why, page], f"{told(outcome)}, {skipped}", outcome.folder, SKIPPED)
+    return _Done([told(outcome), why, page], f"{told(outcome)}, {skipped}", outcome.folder, SKIPPED, number)
 
 
 def _train(cfg: DictConfig, choices: Mapping[str, Any], meanings: Mapping[str, str], command: str) -> _Done:

@@ -23,7 +23,11 @@ from ibxai.errors import UserError, nearest
 
 _LONGEST_NAME = 200  # it becomes a file's name, and a file system has a limit
 # of Hydra's own settings: who runs the jobs of a sweep, and how
-_HYDRA_ALLOWED = re.compile(r"hydra/(launcher|sweeper)|hydra\.(launcher|sweeper)\.\w[\w.]*")
+_HYDRA_ALLOWED = re.compile(
+    r"hydra/(launcher|sweeper|sweeper/sampler)|hydra\.launcher\.\w[\w.]*"
+    # not Optuna's custom_search_space, which calls what it names, nor its database
+    r"|hydra\.sweeper\.(max_batch_size|n_trials|n_jobs|max_failure_rate|sampler\.\w+)"
+)
 
 
 def check(overrides: Sequence[str], multirun: bool, command: str = "run") -> None:
@@ -35,11 +39,36 @@ def check(overrides: Sequence[str], multirun: bool, command: str = "run") -> Non
             key = override.get_key_element()
             listed = f", or {key}=[...] to give one list" if key == "metric" or "." in key else ""
             raise UserError(f"{text} gives several values: add -m to run them one after the other{listed}.")
-        _check_override(override, text)
+        _check_override(override, text, command)
         group = override.key_or_group.partition(".")[0]
         if group in GROUPS and group not in defaults(command):
             other = next(name for name in SCHEMAS if group in defaults(name))
             raise UserError(f"{text}: `ibxai {command}` takes no {group}; `ibxai {other}` does.")
+
+
+def for_sweep(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a sweep, with the first of the swept methods chosen before the sweep over them.
+
+    Hydra composes one config, without what is swept, before it makes the jobs: a setting that all the swept methods
+    have would be looked for in the default one. Of a key that is given twice its sweeper takes the last; a sweeper that
+    searches would take the one that is fixed.
+    """
+    if searches(overrides):
+        return list(overrides)
+    return [text for given in overrides for text in (*_first_choice(_parse(given)), given)]
+
+
+def searches(overrides: Sequence[str]) -> bool:
+    """Whether a sweeper other than Hydra's own chooses the jobs one after the other, by what came of those before."""
+    return any(text.startswith("hydra/sweeper=") and text != "hydra/sweeper=basic" for text in overrides)
+
+
+def _first_choice(override: Override) -> list[str]:
+    """Of a sweep over a part. A preset may hold a sweep of its own, which is not to become that of the others."""
+    swept = override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP)
+    if not swept or override.key_or_group not in GROUPS or override.key_or_group == "experiment":
+        return []
+    return [f"{override.key_or_group}={next(override.sweep_string_iterator())}"]
 
 
 def _check_text(text: str, command: str) -> None:
@@ -56,7 +85,7 @@ def _check_text(text: str, command: str) -> None:
         )
 
 
-def _check_override(override: Override, text: str) -> None:
+def _check_override(override: Override, text: str, command: str) -> None:
     key = override.key_or_group
     if not key:
         raise UserError(f"{text}: a name is missing before the '='.")
@@ -65,24 +94,32 @@ def _check_override(override: Override, text: str) -> None:
     if key == "hydra" or override.is_hydra_override():
         if not _HYDRA_ALLOWED.fullmatch(key):
             raise UserError(f"{text}: ibxai sets Hydra up itself; hydra/launcher and hydra.launcher.* can be given.")
+        if "/" in key and not isinstance(override.value(), str):
+            raise UserError(f"{text}: one name is expected, such as hydra/launcher=local.")
         return
+    if key == "weights":  # a group through which datasets say that their network is a trained one
+        raise UserError(f"{text}: what the network has learnt is backbone.weights=..., a file or a tag.")
     if override.is_delete() and not key.startswith("metric."):
         raise UserError(f"{text}: this cannot be taken away. metric=[] runs without metrics.")
     if key in GROUPS:
-        _check_choice(override, text)
+        _check_choice(override, text, command)
 
 
-def _check_choice(override: Override, text: str) -> None:
-    """A group is chosen by name; Hydra would merge two methods in silence, or fail without a word on null."""
+def _check_choice(override: Override, text: str, command: str) -> None:
+    """A group is chosen by name, or null where none is the default, as of attacks; Hydra would merge two methods in
+    silence, or fail without a word on a method that is null.
+    """
     group = override.key_or_group
     if override.is_add() or override.is_force_add():
         raise UserError(f"{text}: choose without '+': {group}=NAME.")
     if override.is_sweep_override():
         if override.value_type is ValueType.CHOICE_SWEEP or override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
             for choice in override.sweep_string_iterator():
-                _check_choice(_parse(f"{group}={choice}"), text)
+                _check_choice(_parse(f"{group}={choice}"), text, command)
         return
     value = override.value()
+    if value is None and defaults(command).get(group) == []:
+        return
     if isinstance(value, list) and group != "metric":
         listed = ",".join(str(v) for v in value) or "NAME"
         raise UserError(f"{text}: {group} takes one name. To run several, one after the other: -m {group}={listed}")
@@ -92,6 +129,20 @@ def _check_choice(override: Override, text: str) -> None:
     if not all(isinstance(name, str) and name for name in names):
         example = "metric=[insertion,deletion], or metric=[] for none" if group == "metric" else f"{group}=NAME"
         raise UserError(f"{text}: a name is expected, {example}. `ibxai list {group}` shows all.")
+
+
+def as_hydra_takes(text: str) -> str:
+    """The override as Hydra takes it: a group's null is an error to it, and of an empty list it chooses nothing."""
+    key, equals, value = text.partition("=")
+    if key not in GROUPS:
+        return text
+    return key + equals + ",".join("[]" if name.strip() == "null" else name for name in value.split(","))
+
+
+def as_typed(text: str) -> str:
+    """The other way round: metric alone takes lists."""
+    key, _, value = text.partition("=")
+    return f"{key}=null" if key in GROUPS and key != "metric" and value == "[]" else text
 
 
 def _parse(text: str) -> Override:
@@ -138,6 +189,8 @@ def _unknown_option(path: str, catalogue: Catalogue) -> str:
     group, _, name = path.rpartition("/")
     if group == "hydra/launcher" and name.partition("_")[0] in ("joblib", "submitit"):
         return f"hydra/launcher={name} is not installed: pip install 'ibxai[launchers]'."
+    if path == "hydra/sweeper/optuna":
+        return "hydra/sweeper=optuna is not installed: pip install 'ibxai[optuna]'."
     if group not in catalogue:
         return f"There is no {group} {name!r}: is its Hydra plugin installed?"
     return f"There is no {group} {name!r}. {nearest(name, catalogue[group])}"

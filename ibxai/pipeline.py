@@ -44,7 +44,7 @@ from ibxai.modality import check_modalities
 from ibxai.report import write_report
 from ibxai.sessions import Session
 from ibxai.shards import Shard
-from ibxai.store import RunStore, digest
+from ibxai.store import MetricKey, RunStore, digest
 from ibxai.targets import ClassTarget, TargetSpec
 from ibxai.types import Dataset, Method, Metric, Sample, Study
 from ibxai.work import Left, Worker, all_rows
@@ -102,6 +102,7 @@ class Plan:
 class Outcome:
     """What came of a run. rows: those asked for, skipped ones left out; new_*: heatmaps, score rows and cells of a
     study made now. missing: rows that other shards of the run have not finished yet; the last one makes the page.
+    metrics: the plan's, as they are stored.
     """
 
     folder: Path
@@ -112,6 +113,7 @@ class Outcome:
     skipped: Mapping[str, str]
     new_cells: int = 0
     missing: int = 0
+    metrics: Sequence[MetricKey] = ()
 
 
 def run(plan: Plan) -> Outcome:
@@ -133,9 +135,10 @@ def run(plan: Plan) -> Outcome:
         left = what_is_left(plan, wanted if plan.shard is None else plan.shard.part(wanted), store)
         task = _task(plan, wanted, backbone, store)
         if not left.rows and store.is_reported() and (task is None or task.cells.finished):
-            return Outcome(store.path, report, left.wanted, 0, 0, {})
+            return Outcome(store.path, report, left.wanted, 0, 0, {}, metrics=list(left.keys.values()))
         _check_parts(plan, wanted, backbone)
-        session = _begin(plan, samples, backbone, store, identity, said)
+        record = {**provenance(plan, backbone, identity), "wanted": _wanted(plan, left, task)}
+        session = _begin(plan, samples, backbone, store, record, said)
         worker = Worker(plan, backbone, store, left)
         worker.after_batch = session.save
         logged = also_to_file(store.path / "run.log", said.records)
@@ -143,13 +146,15 @@ def run(plan: Plan) -> Outcome:
             with backbone.counting() as session.passes:
                 _announce(plan, backbone, left)
                 skipped = worker.work_off(wanted)
+            session.end(run_is_finished=False)  # before the look at other shards: whoever writes last has seen all rows
             missing = _missing(plan, wanted, store)
             new_cells = 0 if task is None or missing else _study(plan, task, store, session)
-        session.end(run_is_finished=not missing)
         if not missing:
+            session.end(run_is_finished=True)
             write_report(store)
     rows = left.wanted - len(skipped) * len(plan.target.names())
-    return Outcome(store.path, report, rows, worker.new_heatmaps, worker.new_scores, skipped, new_cells, missing)
+    made = (worker.new_heatmaps, worker.new_scores)
+    return Outcome(store.path, report, rows, *made, skipped, new_cells, missing, list(left.keys.values()))
 
 
 def _with_checkpoint(plan: Plan) -> Plan:
@@ -207,19 +212,25 @@ def _task(plan: Plan, samples: Sequence[Sample], backbone: Backbone, store: RunS
     return task
 
 
+def _wanted(plan: Plan, left: Left, task: Task | None) -> dict[str, Any]:
+    """What makes the run complete, whoever works on it: `report/repairs.py` ends one whose last process was killed."""
+    scores = [key.folder for key in left.keys.values()]
+    return {"limit": plan.limit, "scores": scores, "study": None if task is None else task.cells.folder.name}
+
+
 def _begin(
     plan: Plan,
     samples: Sequence[Sample],
     backbone: Backbone,
     store: RunStore,
-    identity: Mapping[str, Any],
+    record: Mapping[str, Any],
     said: Said,
 ) -> Session:
-    """Write what describes the run."""
+    """Write what describes the run. record: all of it that its sessions do not tell."""
     class_names = _class_names(plan, backbone)
     for note in warnings_of(plan, backbone):
         log.warning("%s", note)
-    session = Session(store, provenance(plan, backbone, identity), session_of(plan, backbone), said.messages)
+    session = Session(store, record, session_of(plan, backbone), said.messages)
     with _discarded_on_error(store):
         store.begin(OmegaConf.to_yaml(plan.settings), session.provenance(), class_names, all_rows(plan, samples))
         session.tell()
@@ -322,7 +333,16 @@ def _announce(plan: Plan, backbone: Backbone, left: Left) -> None:
 
 
 def _class_names(plan: Plan, backbone: Backbone) -> Sequence[str] | None:
-    names = plan.dataset.class_names
+    """Of the dataset; of the network where it has others. Raises UserError when it has the same in another order."""
+    names, own = plan.dataset.class_names, backbone.class_names
+    if own is not None and [name.lower() for name in own] != [name.lower() for name in names or ()]:
+        if names is not None and {name.lower() for name in own} == {name.lower() for name in names}:
+            raise UserError(
+                f"The network's outputs are {', '.join(own)}, the classes of {plan.dataset.name} {', '.join(names)}.\n"
+                "Every label would be read as another: put id2label and the last layer into the dataset's order."
+            )
+        log.warning("the outputs are shown as the network calls them: %s", ", ".join(own[:10]))
+        return own
     if names is not None and len(names) != backbone.outputs:
         log.warning("the network has %d outputs, the dataset %d classes: shown by number", backbone.outputs, len(names))
         return None

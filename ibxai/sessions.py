@@ -12,9 +12,9 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
-from ibxai.identity import now
 from ibxai.store import RunStore
 
 
@@ -69,3 +69,7 @@ def summed(sessions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "passes": dict(passes),
         "sessions": len(sessions),
     }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -296,6 +296,18 @@ class RunStore:
     def forget_heatmap(self, row_id: str) -> None:
         self._heatmap_path(row_id).unlink(missing_ok=True)
 
+    def remove_damaged_heatmaps(self) -> list[str]:
+        """Read all heatmaps and remove those that are damaged; what is wrong with each of them."""
+        present, reasons = _names_in(self.path / "heatmaps"), []
+        for row in self.rows():
+            if self._heatmap_path(row.row_id).name in present:
+                try:
+                    self.read_heatmap(row.row_id)
+                except DamagedFile as error:
+                    reasons.append(str(error))
+                    self.forget_heatmap(row.row_id)
+        return reasons
+
     # scores
 
     def write_scores(self, metric: MetricKey, row_ids: Sequence[str], values: Mapping[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,11 +78,12 @@ class Worker:
     def _process(self, loaded: Loaded, shown: set[str]) -> None:
         assert loaded.batch is not None
         batch, row_ids = self.backbone.embed(loaded.batch.to(self.backbone.device)), loaded.row_ids
+        shape = batch.inputs.shape[1:]
         if (attack := self.plan.attack) is not None:
             clean = batch
-            batch = with_backoff(lambda: attack.perturb(self.backbone, clean), self.backbone)
+            batch = with_backoff(lambda: attack.perturb(self.backbone, clean), self.backbone, "attack", shape)
         with torch.no_grad():
-            out = with_backoff(lambda: self.backbone(batch.inputs, batch.valid), self.backbone)
+            out = with_backoff(lambda: self.backbone(batch.inputs, batch.valid), self.backbone, "target", shape)
         batch = dataclasses.replace(batch, target=batch.target.bind(out))
         stored = self._stored(row_ids)
         fresh = [place for place, row_id in enumerate(row_ids) if row_id not in stored]
@@ -115,9 +117,9 @@ class Worker:
         self, batch: Batch, out: Tensor, row_ids: Sequence[str], shown: set[str], texts: Sequence[Text]
     ) -> list[StoredHeatmap]:
         if self._attributor is None:
-            self._attributor = with_backoff(self._fit, self.backbone)
+            self._attributor = with_backoff(self._fit, self.backbone, "fit")
         attributor = self._attributor
-        attribution = with_backoff(lambda: attributor(batch), self.backbone)
+        attribution = with_backoff(lambda: attributor(batch), self.backbone, "method", batch.inputs.shape[1:])
         made = _to_store(attribution, batch, out, row_ids)
         for place, heatmap in enumerate(made):
             if heatmap.row_id in shown:  # before the heatmap, which says that the row is finished
@@ -146,7 +148,8 @@ class Worker:
         return attributor
 
     def _score(self, name: str, metric: Metric, batch: Batch, attribution: Attribution, row_ids: Sequence[str]) -> None:
-        values = with_backoff(lambda: self._judge(name, metric, batch, attribution), self.backbone)
+        judge = partial(self._judge, name, metric, batch, attribution)
+        values = with_backoff(judge, self.backbone, f"metric.{name}", batch.inputs.shape[1:])
         self.store.write_scores(self.left.keys[name], row_ids, {k: v.cpu().numpy() for k, v in values.items()})
         self.new_scores += len(row_ids)
 

@@ -90,7 +90,7 @@ def compare(one: Path, other: Path) -> list[str]:
         return [f"run folders: {folders[0]} and {folders[1]}"]
     found = []
     for folder in folders[0]:
-        for name in ("samples.csv", "skipped.csv", "metrics.csv", "summary.csv"):
+        for name in ("samples.csv", "skipped.csv", "metrics.csv", "summary.csv", "studies.csv"):
             found += [f"{folder / name}: {text}" for text in compare_tables(one / folder / name, other / folder / name)]
         names = [{p.name for p in (o / folder / "heatmaps").glob("*.npz")} for o in (one, other)]
         found += [f"{folder}: only one has {name}" for name in sorted(names[0] ^ names[1])]

@@ -50,7 +50,7 @@ def lines(draw: random.Random) -> Iterator[list[str]]:
     names = [name for group in GROUPS for name in known[group]]
 
     def choice() -> str:
-        group = draw.choice(GROUPS)
+        group = draw.choice((*GROUPS, "weights", "hydra/launcher", "hydra/sweeper"))
         near = draw.choice(names)
         wrong = near[: len(near) // 2] + draw.choice("qxz_-") + near[len(near) // 2 :]
         return f"{group}={draw.choice([wrong, near, near, *VALUES])}"
@@ -74,7 +74,7 @@ def lines(draw: random.Random) -> Iterator[list[str]]:
                 f"{sign}hydra.callbacks.x={{_target_:{call}}}", "hydra.searchpath=[file:///tmp]",
                 f"hydra.run.dir=/tmp/{MARK}", f"hydra.sweep.dir=/tmp/{MARK}", "hydra.output_subdir=x",
                 f"hydra.job.env_set.PATH=/tmp/{MARK}", f"{sign}metric.x={{_target_:{call}}}",
-                f"{sign}study._target_={call}",
+                f"{sign}study._target_={call}", f"hydra.sweeper.custom_search_space={call}",
                 f"{sign}dataset@method=sample", "hydra/job_logging=default", f"{sign}seed={{_target_:{call}}}",
                 f"outputs=${{oc.env:HOME}}/{MARK}", f"{sign}method._partial_=true", f"{sign}_recursive_=true",
             )

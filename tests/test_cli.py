@@ -16,6 +16,7 @@ from ibxai import pipeline
 from ibxai.catalogue import GROUPS, comments, entries
 from ibxai.cli import COMMANDS, HELP, RUN_HELP, main
 from ibxai.errors import UserError
+from ibxai.overrides import for_sweep
 
 # parts without torch, in a module of the user's own inside --config-dir
 PARTS = """
@@ -233,6 +234,10 @@ REFUSED = {
     "hydra.output_subdir=.hydra": "ibxai sets Hydra up itself",
     "hydra={run:{dir:x}}": "ibxai sets Hydra up itself",
     "hydra/launcher=submitit_slurm": "is about sweeps: add -m.",
+    "-m hydra/launcher=null": "one name is expected, such as hydra/launcher=local.",
+    "-m hydra/launcher=basic,local": "one name is expected",
+    "weights=null": "what the network has learnt is backbone.weights=..., a file or a tag.",
+    "-m weights=null,trained": "what the network has learnt is backbone.weights=..., a file or a tag.",
     # what cannot be read
     "seed": "'seed' is no setting: name=value is expected.",
     "=3": "a name is missing before the '='.",
@@ -250,8 +255,10 @@ REFUSED = {
     "seed=1,2": "seed=1,2 gives several values: add -m",
     "metric=a,b": "or metric=[...] to give one list",
     "-m method=null,blur": "a name is expected, method=NAME.",
+    "-m attack=null,nope": "There is no attack 'nope'.",
     "-m method=blur,nope": "There is no method 'nope'.",
     "-m seed=1,abc": "seed=abc: a whole number is expected.",
+    "-m method=blur,iba method.sigma=3": "method.sigma is not a setting of iba.",
     "-m limit=interval(0,1)": "does not support sweep type",
     "~method": "this cannot be taken away.",
     "~metric": "metric=[] runs without metrics.",
@@ -366,6 +373,7 @@ def test_plan_holds_what_was_typed(run: Callable[..., int], plans: list[pipeline
     ("arguments", "check"),
     [
         (["metric=[]"], lambda p: p.metrics == {}),
+        (["attack=null", "study=null"], lambda p: (p.attack, p.study) == (None, None)),
         (["metric=area"], lambda p: list(p.metrics) == ["area"]),
         (["~metric.area"], lambda p: p.metrics == {}),
         (["experiment=preset"], lambda p: (p.seed, p.method_name, p.method.sigma) == (7, "sharpen", 5.0)),
@@ -402,6 +410,39 @@ def test_lines_that_are_fine(
 def test_options_may_stand_anywhere(config_dir: Path, plans: list[pipeline.Plan]) -> None:
     assert main(["run", *TOYS[:2], "-m", "metric=[]", "--config-dir", str(config_dir), "method=blur,sharpen"]) == 0
     assert [p.method_name for p in plans] == ["blur", "sharpen"]
+
+
+@pytest.mark.parametrize("value", ["3", "'3'", "${oc.env:IBXAI_SIGMA}"])
+def test_a_setting_of_all_swept_methods_that_the_default_one_lacks(
+    config_dir: Path, plans: list[pipeline.Plan], value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IBXAI_SIGMA", "3")
+    swept = ["metric=[]", "method=blur,sharpen", f"method.sigma={value}"]
+    assert main(["run", "-m", "--config-dir", str(config_dir), *TOYS[:2], *swept]) == 0
+    assert [p.method_name for p in plans] == ["blur", "sharpen"]
+    assert {p.method.sigma for p in plans} == {3}  # type: ignore[attr-defined]
+
+
+def test_before_a_sweep_over_parts_the_first_of_them_is_chosen() -> None:
+    swept = ["seed=1,2", "method=iba,rise", "metric=[insertion],[]", "method.a=1,2", "experiment=a,b", "limit=3"]
+    assert for_sweep(swept) == [
+        *("seed=1,2", "method=iba", "method=iba,rise", "metric=[insertion]", "metric=[insertion],[]"),
+        *("method.a=1,2", "experiment=a,b", "limit=3"),
+    ]
+    assert for_sweep(["method=choice(rise,iba)", "method=lime", "~metric.a"]) == [
+        *("method=rise", "method=choice(rise,iba)", "method=lime", "~metric.a")
+    ]
+
+
+def test_none_and_an_attack_in_one_sweep(
+    run: Callable[..., int], plans: list[pipeline.Plan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-m", "attack=null,mi_fgsm", "seed=1") == 0
+    assert [p.attack is None for p in plans] == [True, False]
+    assert [p.command.rpartition(" attack=")[2].split()[0] for p in plans] == ["null", "mi_fgsm"]
+    out = capsys.readouterr().out
+    assert "  0  attack=null     done" in out
+    assert "  1  attack=mi_fgsm  done" in out
 
 
 def test_end_of_a_run_names_the_report(

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from test_bad_input import tiny_config
 from test_pipeline import assert_same_results, files_of_run, write_pictures
+
+from ibxai.cli import main
 
 IBXAI = [sys.executable, "-m", "ibxai"]
 # the default dataset, network and method, with fewer steps, in batches of two
@@ -40,6 +44,14 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def undisturbed_run(outputs: Path, *settings: str) -> str:
+    """A run that nobody stops, in this process, which saves a start of Python and torch; what it prints."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert main(["run", f"outputs='{outputs}'", *settings]) == 0
+    return said.getvalue()
+
+
 def folder_of(outputs: Path) -> Path:
     [folder] = [path.parent for path in outputs.glob("*/*/*/*/provenance.json")]
     return folder
@@ -60,8 +72,7 @@ def made(outputs: Path, pattern: str, count: int) -> Callable[[], bool]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("undisturbed")
-    out, _ = finish(start(outputs, *DEFAULT))
-    assert "7 rows: 7 heatmaps and 7 scores made" in out
+    assert "7 rows: 7 heatmaps and 7 scores made" in undisturbed_run(outputs, *DEFAULT)
     return folder_of(outputs)
 
 
@@ -78,8 +89,7 @@ def test_killed_four_times_and_still_right(undisturbed: Path, tmp_path: Path) ->
         stop_when(process, number, reached)
         assert process.returncode == (143 if number == signal.SIGTERM else -number)
         assert not (folder_of(outputs) / "report.html").exists()
-    out, _ = finish(start(outputs, *DEFAULT))
-    assert "heatmaps there already" in out
+    assert "heatmaps there already" in undisturbed_run(outputs, *DEFAULT)
     assert folder_of(outputs).name == undisturbed.name
     assert_same_results(undisturbed, folder_of(outputs))
     assert lasting_files(folder_of(outputs)) == lasting_files(undisturbed)
@@ -109,7 +119,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed_tiny(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("undisturbed tiny")
-    finish(start(outputs, *tiny))
+    undisturbed_run(outputs, *tiny)
     return folder_of(outputs)
 
 
@@ -122,7 +132,7 @@ def test_ctrl_c(tiny: list[str], undisturbed_tiny: Path, tmp_path: Path) -> None
     told = [line for line in err.splitlines() if line.startswith("ibxai:")]
     assert told == ["ibxai: stopped. What is finished is kept: the same command continues from there."]
     assert "Traceback" not in err
-    out, _ = finish(start(outputs, *tiny))
+    out = undisturbed_run(outputs, *tiny)
     assert "7 rows: " in out
     assert "heatmaps there already" in out
     assert_same_results(undisturbed_tiny, folder_of(outputs))

@@ -13,10 +13,12 @@ import test_pipeline
 from test_pipeline import assert_same_results, files_of_run, pictures, plan  # noqa: F401  (fixtures)
 from test_resume import finish, folder_of, start, tiny, undisturbed_tiny  # noqa: F401
 
+from ibxai import pipeline
 from ibxai.cells import Cell, Cells
 from ibxai.errors import UserError
 from ibxai.jobs import _explain
 from ibxai.pipeline import Outcome, Plan, run
+from ibxai.report import finish_runs
 from ibxai.sessions import summed
 from ibxai.shards import Shard, parse_shard
 from ibxai.store import MetricKey, RunStore
@@ -76,6 +78,64 @@ def test_shards_leave_what_one_process_leaves(plan: Plan, tmp_path: Path, order:
     again = run(replace(plan, shard=Shard(1, 3)))
     assert (again.new_heatmaps, again.missing) == (0, 0)
     assert run(plan).new_heatmaps == 0
+
+
+def test_a_shard_that_ends_while_another_looks_at_the_rows_is_not_forgotten(
+    plan: Plan,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first shard sees rows missing; the second does these and ends the run; then the first goes on."""
+    look = pipeline._missing
+
+    def slowly(shard: Plan, *rest: Any) -> int:
+        found = look(shard, *rest)
+        if shard.shard == Shard(1, 2):
+            run(replace(plan, shard=Shard(2, 2)))
+        return found
+
+    monkeypatch.setattr(pipeline, "_missing", slowly)
+    outcome = run(replace(plan, shard=Shard(1, 2)))
+    assert outcome.missing == 3
+    assert RunStore(outcome.folder).is_reported()
+
+
+def killed_before_the_page(plan: Plan) -> None:  # noqa: F811
+    """All that a run does to its rows, and not what comes behind them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_missing", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_report_ends_a_run_whose_last_shard_was_killed_behind_its_rows(plan: Plan, tmp_path: Path) -> None:  # noqa: F811
+    plan = replace(plan, target=Label())  # two samples have none and are skipped
+    whole = run(replace(plan, outputs=tmp_path / "whole"))
+    outcome = run(replace(plan, shard=Shard(1, 2)))
+    assert finish_runs(plan.outputs) == [], "half of the rows are missing"
+    killed_before_the_page(replace(plan, shard=Shard(2, 2)))
+    assert not outcome.report.exists()
+    assert finish_runs(plan.outputs) == [outcome.report]
+    for name in ("metrics.csv", "summary.csv", "samples.csv", "skipped.csv"):
+        assert (outcome.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert told(outcome)["passes"] == told(whole)["passes"]
+    assert RunStore(outcome.folder).is_reported()
+    assert finish_runs(plan.outputs) == []
+
+
+def test_a_report_ends_no_run_that_lacks_scores_or_cells(plan: Plan, with_study: Plan) -> None:  # noqa: F811
+    killed_before_the_page(replace(with_study, limit=2))
+    assert finish_runs(plan.outputs) == [], "the study has not begun"
+    killed_before_the_page(replace(plan, limit=2))
+    [folder] = [path.parent for path in plan.outputs.glob("*/*/*/*/provenance.json")]
+    assert finish_runs(plan.outputs) == [folder / "report.html"], "which only the command before this one wanted"
+    assert len(test_pipeline.lines_of(folder / "metrics.csv")) == 4
+    killed_before_the_page(plan)
+    next((folder / "scores").glob("*/*.npz")).unlink()
+    assert finish_runs(plan.outputs) == []
 
 
 def test_a_shard_that_is_started_again_does_nothing_twice(plan: Plan) -> None:  # noqa: F811

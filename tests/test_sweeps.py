@@ -17,7 +17,8 @@ from test_pipeline import EXPLAINED
 
 from ibxai import jobs
 from ibxai.cli import main
-from ibxai.report.sweeps import Job, Sweep, sweep_table, write_sweep
+from ibxai.overrides import for_sweep
+from ibxai.report.sweeps import Job, Sweep, cost, sweep_table, write_sweep
 from ibxai.store import MetricKey, Row, RunStore
 
 
@@ -128,6 +129,47 @@ def test_launchers_run_shards_in_processes_of_their_own(shell: Shell, launcher: 
     assert "share its numbers" in page_of(out).read_text()
 
 
+# a search over settings
+
+
+def test_a_search_finds_the_best_job_and_goes_on_where_it_stopped(shell: Shell) -> None:  # noqa: F811
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0"]
+    code, out, _ = shell(*search, "method.scale=interval(1,10)", "limit=2")
+    assert code == 0
+    assert "3 jobs: 3 done, 0 failed" in out
+    table = pd.read_csv(page_of(out).with_name("sweep.csv"))
+    means = table[table["metric"] == "mean"].set_index("method.scale")["mean"]
+    assert means.nunique() == 3
+    [best] = re.findall(r"^best: method\.scale=([\d.]+)", out, re.MULTILINE)
+    assert float(best) == pytest.approx(means.idxmax())  # a higher mean is better
+    EXPLAINED.clear()
+    assert shell(*search, "method.scale=interval(1,10)", "limit=2")[1].endswith(out[out.index("best: ") :])
+    assert EXPLAINED == [], "the same seed makes the same jobs"
+
+
+def test_a_search_over_methods_takes_all_of_them() -> None:
+    overrides = ["hydra/sweeper=optuna", "method=iba,rise"]
+    assert for_sweep(overrides) == overrides, "one that is given before the sweep would be fixed"
+
+
+@pytest.mark.parametrize(("higher", "expected"), [(True, -0.2), (False, 0.2), (None, None)])
+def test_what_a_search_makes_small(tmp_path: Path, higher: bool | None, expected: float | None) -> None:
+    key = MetricKey("insertion", {} if higher is None else {"higher_is_better": higher})
+    assert cost(made(tmp_path, [0.1, 0.3, np.nan], key), key) == (None if expected is None else pytest.approx(expected))
+    assert cost(tmp_path, MetricKey("deletion", {})) is None
+    (tmp_path / "summary.csv").unlink()
+    assert cost(tmp_path, key) is None, "another shard will make it"
+
+
+def test_a_search_calls_nothing_by_name(shell: Shell) -> None:  # noqa: F811
+    search = ["-m", "hydra/sweeper=optuna", "seed=0,1"]
+    for setting in ("custom_search_space=os.system", "storage=sqlite:///x.db", "direction=maximize"):
+        code, out, err = shell(*search, f"hydra.sweeper.{setting}")
+        assert (code, out) == (2, "")
+        assert "ibxai sets Hydra up itself" in err
+
+
 def test_the_slurm_preset_composes(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit")
     assert main(["run", "--cfg", "hydra", "hydra/launcher=slurm", "hydra.launcher.timeout_min=7"]) == 0
@@ -171,12 +213,14 @@ def test_shards_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
 # the page
 
 
-def made(folder: Path, values: Sequence[float]) -> Path:
+INSERTION = MetricKey("insertion", {"higher_is_better": True})
+
+
+def made(folder: Path, values: Sequence[float], key: MetricKey = INSERTION) -> Path:
     """A run with one value a row."""
     store = RunStore(folder)
     ids = [str(place) for place in range(len(values))]
     store.begin("seed: 0\n", {"method": "iba"}, None, [Row(f"{i}@p", i, "p", i, None) for i in ids])
-    key = MetricKey("insertion", {"higher_is_better": True})
     store.write_scores(key, [f"{i}@p" for i in ids], {"auc": np.array(values)})
     from ibxai.report.page import write_report
 
