@@ -1,4 +1,4 @@
-"""Pictures of optimised masks for docs/masks.md: maps, and the curves of deletion and insertion below them.
+"""Pictures of optimised masks for docs/masks.md: maps, what their best 6 % of the pixels show, deletion and insertion.
 
     python scripts/mask_pictures.py thin         # one long thin object at 224: I-GOS beside iGOS++     (paper, Fig. 1)
     python scripts/mask_pictures.py smoothness   # BTV beside TV over lambda2                           (Fig. 10)
@@ -17,16 +17,20 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import yaml
+from torch import Tensor
 
 from ibxai.backbones import Backbone
 from ibxai.config import build
 from ibxai.datasets.sample import SampleDataset
 from ibxai.memory import keep_freed_memory
+from ibxai.methods.perturbation import baseline_picture
+from ibxai.metrics.insertion import pixel_ranks
 from ibxai.report.figures import overlay
 from ibxai.targets import ClassTarget
-from ibxai.types import Batch
+from ibxai.types import Attribution, Batch
 
 ROOT = Path(__file__).parent.parent
+SHOWN = 0.06  # of the pixels, as in Figs. 1 and 11
 Panels = Mapping[str, tuple[str, Mapping[str, Any]]]  # title -> (method, settings)
 PANELS: Mapping[str, Panels] = {
     "thin": {
@@ -58,29 +62,48 @@ def main() -> None:
     batch, names = batch.take([row]), dataset.class_names
     panels = PANELS[which]
     figure, axes = plt.subplots(
-        2, 1 + len(panels), figsize=(2.6 * (1 + len(panels)), 4.4), layout="constrained", squeeze=False
+        3, 1 + len(panels), figsize=(2.6 * (1 + len(panels)), 6.6), layout="constrained", squeeze=False
     )
     picture, target = backbone.preprocessing.picture_of(batch.inputs)[0], int(batch.target.describe()[0])
     axes[0, 0].imshow(picture)
     axes[0, 0].set_title(f"{names[target] if names else target}, {probability[row]:.0%}", fontsize=10)
     axes[1, 0].set_visible(False)
+    axes[2, 0].set_visible(False)
     for column, (title, (name, changed)) in enumerate(panels.items(), start=1):
-        attribution = build(settings("method", name) | changed, "method").fit(backbone, [], 0)(batch)
+        chosen = {**settings("method", name), **changed}
+        attribution = build(chosen, "method").fit(backbone, [], 0)(batch)
         axes[0, column].imshow(overlay(picture, attribution.heatmap[0].numpy()))
         axes[0, column].set_title(title, fontsize=10)
-        told = [curve(backbone, batch, attribution, which, axes[1, column]) for which in ("deletion", "insertion")]
-        axes[1, column].set_xlabel(", ".join(told), fontsize=8)
-        axes[1, column].set(ylim=(0, 1), xticks=[0, 1])
-    for axis in axes[0]:
+        shown = best_alone(batch, attribution)
+        says = batch.target.score(backbone(shown), "probability")
+        axes[1, column].imshow(backbone.preprocessing.picture_of(shown)[0])
+        axes[1, column].set_title(f"{SHOWN:.0%} of the pixels alone: {float(says):.0%}", fontsize=8)
+        cells = chosen["resolution"]
+        told = [
+            curve(backbone, batch, attribution, which, cells, axes[2, column]) for which in ("deletion", "insertion")
+        ]
+        axes[2, column].set_xlabel(", ".join(told), fontsize=8)
+        axes[2, column].set(ylim=(0, 1), xticks=[0, 1])
+    axes[2, 1].legend(frameon=False, fontsize=8)
+    for axis in axes[:2].flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     figure.savefig(ROOT / f"docs/masks_{which}.png", dpi=100)
 
 
-def curve(backbone: Backbone, batch: Batch, attribution: Any, name: str, axis: plt.Axes) -> str:
-    """Draws the score over the share of cells that went or came, at the resolution of 28 for all maps."""
-    metric = build(next(iter(settings("metric", f"{name}_igospp").values())), "metric")
-    found = metric(backbone, batch, attribution)
+def best_alone(batch: Batch, attribution: Attribution) -> Tensor:
+    """The map's best pixels in the blurred picture, the methods' own baseline (Fig. 1)."""
+    baseline = baseline_picture(batch.inputs, "blur", 50.0, 0.0, 51)
+    rank = pixel_ranks(attribution.heatmap, batch.sample_ids).view_as(attribution.heatmap)
+    return torch.where((rank < SHOWN * rank[0].numel())[:, None], batch.inputs, baseline)
+
+
+def curve(
+    backbone: Backbone, batch: Batch, attribution: Attribution, name: str, resolution: int, axis: plt.Axes
+) -> str:
+    """Draws the score over the share of cells that went or came, cells as large as the mask's."""
+    chosen = {**next(iter(settings("metric", f"{name}_igospp").values())), "resolution": resolution}
+    found = build(chosen, "metric")(backbone, batch, attribution)
     axis.plot(found["fraction"][0], found["curve"][0], label=name)
     return f"{name} {float(found['auc']):.2f}"
 

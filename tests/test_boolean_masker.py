@@ -35,6 +35,7 @@ from ibxai.methods.masker_model import MaskerModel, Networks, Objective
 from ibxai.methods.masker_objective import (
     Control,
     boolean_mask,
+    held,
     latent_nats,
     mask_nats,
     pixel_nats,
@@ -132,6 +133,16 @@ def test_the_relaxed_mask_is_a_logistic_of_a_logistic_draw() -> None:
     assert torch.equal(straight_through(mask).detach(), boolean_mask(logits.detach(), chances))
     cold = relaxed_mask(logits, chances, 1e-4)
     assert torch.allclose(cold, boolean_mask(logits, chances), atol=1e-6)
+
+
+def test_held_logits_can_come_back_and_go_no_further() -> None:
+    logits = torch.tensor([-9.0, -9.0, 0.5, 0.5, 9.0, 9.0], requires_grad=True)
+    slope = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # descent moves against it
+    out = held(logits, 8.0)
+    out.backward(slope)
+    assert out.tolist() == [-8.0, -8.0, 0.5, 0.5, 8.0, 8.0]
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]
 
 
 def test_a_weighted_gradient() -> None:

@@ -126,7 +126,7 @@ class IntegratedSettings(MaskSettings):
     armijo_shrink: float = 0.2
     armijo_control: float = 1e-4
     armijo_smallest: float = 1e-5
-    fixed_step: float = 20.0
+    fixed_step: float = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

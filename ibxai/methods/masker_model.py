@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ibxai.backbones.masker_networks import classifier, decoder, encoder, masking_network
 from ibxai.errors import UserError
 from ibxai.methods.masker_objective import (
+    held,
     latent_nats,
     mask_nats,
     pixel_nats,
@@ -39,7 +40,7 @@ from ibxai.preprocessing import Preprocessing
 
 ObjectiveName = Literal["bottleneck", "ceb", "conditional"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
-_LOUDEST = 20.0  # logits of rho beyond +-20 are 0 and 1 in float32
+_LOUDEST = 8.0  # rho is from .0003 to .9997: a quarter of a pixel in a picture of MNIST, and not beyond all gradient
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class MaskerModel(nn.Module):
 
     def logits(self, inputs: Tensor) -> Tensor:
         """[B, 1, H, W]: log-odds of rho."""
-        return self.masker(self.pixels(inputs)).clamp(-_LOUDEST, _LOUDEST)
+        return held(self.masker(self.pixels(inputs)), _LOUDEST)
 
     def says(self, inputs: Tensor, mask: Tensor) -> Tensor:
         """[B, classes]: the classifier's logits of the picture that this mask [B, 1, H, W] leaves."""

@@ -21,7 +21,7 @@ for both, rho stays between 0 and 1 everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,6 +43,27 @@ def relaxed_mask(logits: Tensor, chances: Tensor, temperature: float) -> Tensor:
 def boolean_mask(logits: Tensor, chances: Tensor) -> Tensor:
     """0 or 1, the same draw: what the relaxed mask comes to with a temperature of 0."""
     return (logits + chances.logit() > 0).to(logits.dtype)
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.bound = bound
+        return logits.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (logits,), (slope,) = ctx.saved_tensors, gradients
+        further_out = ((logits < -ctx.bound) & (slope > 0)) | ((logits > ctx.bound) & (slope < 0))
+        return slope.masked_fill(further_out, 0.0), None
+
+
+def held(logits: Tensor, bound: float) -> Tensor:
+    """The logits between -bound and bound. Outside, descent can bring one back and never takes it further out: a
+    clamp has no gradient there, and what has once been shut for good could not open again.
+    """
+    return _Held.apply(logits, bound)
 
 
 def straight_through(relaxed: Tensor) -> Tensor:
