@@ -27,6 +27,7 @@ from contextlib import contextmanager
 import torch
 import yaml
 from benchmark import CONF, _settings, pictures
+from mask_trade import judged
 
 from ibxai.backbones import Backbone
 from ibxai.config import build
@@ -35,6 +36,7 @@ from ibxai.pipeline import ROWS_AT_ONCE
 from ibxai.types import Attribution, Batch
 
 MODES = ("float32", "tf32", "bf16", "compiled", "channels_first")
+HEADER = f"{'':24}{'forward':>9}{'fwd+bwd':>9}{'CPU s':>9}{'wall s':>9}{'a second':>10}{'share':>8}   other passes"
 WHOLE = {"forward", "backward"}  # passes of the whole network, as `Backbone.counting` names them
 
 
@@ -46,23 +48,26 @@ def main(arguments: Sequence[str]) -> None:
     batch = pictures(backbone, options.batch)
     print(f"{options.backbone} on {options.device}, {torch.get_num_threads()} threads")
     for mode in options.modes:
+        made = {}
         with in_mode(backbone, mode):
             bare, both = limits(backbone, options.rows)
-        print(f"\n{mode}: at best a row takes {1e3 * bare:.1f} ms forward, {1e3 * both:.1f} ms forward and backward\n")
-        print(
-            f"{'':24}{'forward':>9}{'fwd+bwd':>9}{'CPU s':>9}{'wall s':>9}{'a second':>10}{'share':>8}   other passes"
-        )
-        for name in options.methods:
-            method = _settings("method", name)
-            for item in options.set:
-                key, value = item.split("=", 1)
-                if key.startswith(f"{name}."):
-                    method[key.removeprefix(f"{name}.")] = yaml.safe_load(value)
-            with in_mode(backbone, mode):
-                told, attribution = line(backbone, method, batch, options.repeats, bare, both)
-            if len(options.modes) > 1:
-                told += judged(backbone, batch, attribution)
-            print(f"{name:24}{told}", flush=True)
+            print(
+                f"\n{mode}: at best a row takes {1e3 * bare:.1f} ms forward, {1e3 * both:.1f} ms forward and backward\n"
+            )
+            print(HEADER)
+            for name in options.methods:
+                method = _settings("method", name)
+                for item in options.set:
+                    key, value = item.split("=", 1)
+                    if key.startswith(f"{name}."):
+                        method[key.removeprefix(f"{name}.")] = yaml.safe_load(value)
+                told, made[name] = line(backbone, method, batch, options.repeats, bare, both)
+                print(f"{name:24}{told}", flush=True)
+        if len(options.modes) > 1:
+            print()
+            for name, attribution in made.items():
+                found = {metric: judged(backbone, batch, attribution, metric) for metric in ("deletion", "insertion")}
+                print(f"{name:24}" + ", ".join(f"{metric} {auc:.4f}" for metric, auc in found.items()), flush=True)
 
 
 @contextmanager
@@ -102,15 +107,6 @@ class _As(torch.nn.Module):
 def _within(half: torch.autocast, network: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     with half:
         return network(inputs).float()
-
-
-def judged(backbone: Backbone, batch: Batch, attribution: Attribution) -> str:
-    """Mean deletion and insertion of the maps."""
-    found = []
-    for name in ("deletion", "insertion"):
-        metric = build(next(iter(_settings("metric", f"{name}_igospp").values())), "metric")
-        found.append(f"{name} {float(metric(backbone, batch, attribution)['auc'].mean()):.4f}")
-    return "   " + ", ".join(found)
 
 
 def line(

@@ -11,7 +11,7 @@
     heatmaps    every method on four photographs, on the GPU and on the CPU: the largest difference over the map's
                 largest value, and the rank correlation; a method whose maps correlate below .99 fails
     memory      torch.cuda's allocated bytes after 10 batches and after all of them: growth is a failure
-    rates       pictures a second of a plain pass and of forward with backward, in float32, TF32, bf16 and compiled,
+    rates       pictures a second of a plain pass and of forward with backward, in every mode of benchmark_methods.py,
                 and what each does to the probabilities
 
 The gradient family agrees to rounding. Searches that amplify rounding (optimised masks, bottlenecks) agree less, which
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 from benchmark import CONF, _settings, pictures
+from benchmark_methods import MODES, in_mode
 from scipy.stats import spearmanr
 
 from ibxai.backbones import Backbone
@@ -118,26 +119,18 @@ def rates(options: argparse.Namespace) -> bool:
     """Pictures a second of the frozen network. Not judged: the figures are for docs/scale.md."""
     backbone = load(options, options.device)
     batch = pictures(backbone, options.batch)
-    network = backbone._network
-    wanted = network(batch.inputs).softmax(1)
-    compiled = torch.compile(network)
-    half = torch.autocast(backbone.device.type, torch.bfloat16)
-
-    def reduced(inputs: torch.Tensor) -> torch.Tensor:
-        with half:
-            return network(inputs).float()
-
+    wanted = backbone._network(batch.inputs).softmax(1)
     print(
         f"\n{options.backbone}, {options.batch} pictures at once{'':8}{'forward':>12}{'with backward':>15}{'apart':>10}"
     )
-    for name, run in (("float32", network), ("tf32", network), ("bf16", reduced), ("compiled", compiled)):
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        with torch.no_grad():
-            apart = float((run(batch.inputs).softmax(1) - wanted).abs().max())
-            forward = a_second(lambda run=run: run(batch.inputs), batch)
-        both = a_second(lambda run=run: _backward(run, batch), batch)
+    for name in MODES:
+        with in_mode(backbone, name):
+            run = backbone._network
+            with torch.no_grad():
+                apart = float((run(batch.inputs).softmax(1) - wanted).abs().max())
+                forward = a_second(lambda run=run: run(batch.inputs), batch)
+            both = a_second(lambda run=run: _backward(run, batch), batch)
         print(f"{name:40}{forward:12,.0f}{both:15,.0f}{apart:10.1e}", flush=True)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return True
 
 

@@ -93,8 +93,9 @@ def explained(backbone: Backbone, method: Mapping[str, Any], batch: Batch) -> Ro
 
 
 def judged(backbone: Backbone, batch: Batch, attribution: Attribution, name: str) -> float:
+    """The mean over the batch of deletion_igospp or insertion_igospp."""
     metric = build(next(iter(settings("metric", f"{name}_igospp").values())), "metric")
-    return float(metric(backbone, batch, attribution)["auc"])
+    return float(metric(backbone, batch, attribution)["auc"].mean())
 
 
 def table(rows: Mapping[str, Mapping[str, Row]]) -> str:
