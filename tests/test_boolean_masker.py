@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -62,7 +63,7 @@ TINY = Networks(
 OBJECTIVE = Objective("bottleneck", 0.5, 0.5, 0, (0.2, 0.5), 0.9, 1.0)
 QUICK = Recipe(epochs=4, batch_size=3, learning_rate=0.01, weight_decay=0.0)
 CONTROL = Control(
-    kind="stop", target=12.0, beta=0.01, rate=0.01, tolerance=0.05, joint=True, warmup=0.2, tuning=0.0, ramp=0.0
+    kind="stop", target=12.0, beta=0.01, rate=0.01, tolerance=0.05, along=1.0, warmup=0.2, tuning=0.0, ramp=0.0
 )
 
 
@@ -128,11 +129,21 @@ def test_the_relaxed_mask_is_a_logistic_of_a_logistic_draw() -> None:
     wanted = 1 / (1 + torch.exp(-(logits + torch.log(chances) - torch.log(1 - chances)) / temperature))
     assert torch.allclose(mask, wanted, rtol=1e-10)
     assert torch.equal(mask.detach().round(), boolean_mask(logits.detach(), chances))
-    (found,) = torch.autograd.grad(straight_through(mask).sum(), logits, retain_graph=True)
-    assert torch.allclose(found, (wanted * (1 - wanted) / temperature).detach(), rtol=1e-10)
-    assert torch.equal(straight_through(mask).detach(), boolean_mask(logits.detach(), chances))
     cold = relaxed_mask(logits, chances, 1e-4)
     assert torch.allclose(cold, boolean_mask(logits, chances), atol=1e-6)
+
+
+def test_what_flows_back_to_a_mask_reaches_shut_pixels_too() -> None:
+    """Near rho = 1/2 it is the slope of rho; where the relaxed mask has none left it is as steep."""
+    logits = torch.tensor([-8.0, 0.0, 0.001, 8.0], dtype=torch.float64, requires_grad=True)
+    mask, slope = boolean_mask(logits, torch.full((4,), 0.5)), torch.tensor([3.0, -2.0, 1.0, 4.0], dtype=torch.float64)
+    through = straight_through(mask, logits)
+    assert torch.equal(through, mask)
+    (found,) = torch.autograd.grad((slope * through).sum(), logits)
+    assert torch.allclose(found, slope / 4, rtol=1e-12)
+    (of_rho,) = torch.autograd.grad((slope * logits.sigmoid()).sum(), logits)
+    assert torch.allclose(found[1:3], of_rho[1:3], rtol=1e-6)
+    assert (of_rho[[0, 3]].abs() < 0.002 * found[[0, 3]].abs()).all()
 
 
 def test_held_logits_can_come_back_and_go_no_further() -> None:
@@ -432,10 +443,23 @@ def changed_by(case: Case, control: Control) -> list[set[str]]:
 
 def test_who_learns_when(case: Case) -> None:
     alone, mask, both = {"classifier", "statistics"}, {"masker", "autoencoder"}, {"classifier", "masker", "autoencoder"}
-    control = replace(CONTROL, warmup=0.25, tuning=0.25)
-    assert changed_by(case, control) == [alone, both, both, both]  # joint, as in the paper
-    apart = replace(control, joint=False)
+    control = replace(CONTROL, warmup=0.25)
+    assert changed_by(case, control) == [alone, both, both, both]
+    apart = replace(control, along=0.0, tuning=0.25)
     assert changed_by(case, apart) == [alone, mask, mask, {"classifier", "autoencoder"}]
+
+
+def test_how_fast_the_classifier_learns_along(case: Case) -> None:
+    """A share of the others' learning rate while the mask is learnt, all of it before and after."""
+    module = MaskerLearning(model_of(case), QUICK, replace(CONTROL, along=0.25, warmup=0.4, tuning=0.2), seed=0)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=100)  # type: ignore[assignment]
+    found = module.configure_optimizers()
+    mask, classifier = found["optimizer"].param_groups
+    assert {id(p) for p in classifier["params"]} == {id(p) for p in module.model.classifier.parameters()}  # type: ignore[union-attr]
+    assert len(mask["params"]) + len(classifier["params"]) == len(list(module.model.parameters()))
+    of_mask, of_classifier = found["lr_scheduler"]["scheduler"].lr_lambdas
+    shares = [of_classifier(step) / of_mask(step) for step in (10, 39, 42, 60, 79, 85)]
+    assert shares == pytest.approx([1, 1, 0.25, 0.25, 0.25, 1])
 
 
 # the method

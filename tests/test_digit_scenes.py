@@ -142,6 +142,26 @@ def test_anchors_stand_in_the_corners(root: Path) -> None:
         assert regions["target"].sum() == 400
 
 
+def test_noise_lies_behind_digits_and_anchors(root: Path) -> None:
+    clean, noisy, other = (
+        scenes("mnist_anchors", root, noise=noise, seed=s) for noise, s in ((0, 0), (40, 0), (40, 1))
+    )
+    background = []
+    for place in range(20):
+        pixels, regions, label = read(noisy, place)
+        wanted, of_clean, same = read(clean, place)
+        assert label == same
+        ink = regions["target"] | regions["anchors"]
+        assert (pixels[ink] == wanted[ink]).all()
+        assert all((regions[name] == of_clean[name]).all() for name in regions)
+        assert (read(noisy, place)[0] == pixels).all()
+        assert (read(other, place)[0][~ink] != pixels[~ink]).mean() > 0.9
+        background.append(pixels[~ink])
+    values = np.concatenate(background)
+    assert (values.min(), values.max()) == (0, 40)
+    assert values.mean() == pytest.approx(20, abs=1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scene_belongs_to_its_seed_and_id(root: Path, name: str) -> None:
     dataset, again = scenes(name, root), scenes(name, root, train_size=7, test_size=41, reference_size=3)
@@ -180,6 +200,8 @@ def test_mistakes(root: Path) -> None:
         scenes("mnist_distractor4", root, digits=5)
     with pytest.raises(UserError, match="anchor"):
         scenes("mnist_anchors", root, anchor=15)
+    with pytest.raises(UserError, match="noise is 256"):
+        scenes("mnist_anchors", root, noise=256)
     with pytest.raises(UserError, match="does not exist"):
         scenes("mnist_anomaly", Path("/nowhere")).samples()
 

@@ -255,12 +255,13 @@ class DistractorScenes(DigitScenes):
 
 @dataclass(frozen=True)
 class AnchorScenes(DigitScenes):
-    """digits: those from 0 on that are classes. anchor: side of the four solid squares. Regions: "target", the pixels
-    with ink, and "anchors".
+    """digits: those from 0 on that are classes. anchor: side of the four solid squares. noise: brightest value of the
+    background where neither has ink, each pixel from 0 to it. Regions: "target", the pixels with ink, and "anchors".
     """
 
     digits: int
     anchor: int
+    noise: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,6 +270,8 @@ class AnchorScenes(DigitScenes):
                 f"dataset.digits is {self.digits} and dataset.anchor {self.anchor}: 2 to 10 digits, and 1 to "
                 f"{_DIGIT // 2} pixels are expected."
             )
+        if not 0 <= self.noise <= 255:
+            raise UserError(f"dataset.noise is {self.noise}: a value of 0 to 255 is expected.")
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -286,7 +289,11 @@ class AnchorScenes(DigitScenes):
         anchors = np.zeros(digit.shape, dtype=bool)
         for rows in (np.s_[: self.anchor], np.s_[-self.anchor :]):
             anchors[rows, : self.anchor] = anchors[rows, -self.anchor :] = True
-        return np.where(anchors, np.uint8(255), digit), {"target": (digit > 0) & ~anchors, "anchors": anchors}
+        noise = np.random.default_rng(int(drawn[0] * 2**53)).integers(
+            0, self.noise, digit.shape, np.uint8, endpoint=True
+        )
+        image = np.where(anchors, np.uint8(255), np.maximum(digit, noise))
+        return image, {"target": (digit > 0) & ~anchors, "anchors": anchors}
 
 
 def _between(drawn: np.ndarray, first: int | np.ndarray, last: int | np.ndarray) -> np.ndarray:

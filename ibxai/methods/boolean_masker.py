@@ -58,7 +58,7 @@ class BooleanMasker:
     control: Control
     training: Recipe
 
-    version: ClassVar[int] = 2  # 1: rho could be 0 and 1
+    version: ClassVar[int] = 3  # 1: rho could be 0 and 1; 2: what was shut did not open again
     architecture_settings: ClassVar[tuple[str, ...]] = ("classifier", "networks", "objective", "control")
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ class MaskerLearning(lightning.LightningModule):
         part = self._part()
         self.model.masker.requires_grad_(part == 1)
         if self.model.classifier is not None:
-            self.model.classifier.train(part == 0).requires_grad_(part != 1 or self.control.joint)
+            self.model.classifier.train(part == 0).requires_grad_(part != 1 or self.control.along > 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         terms = self.model(*batch, 0.0)
@@ -80,10 +80,15 @@ class MaskerLearning(lightning.LightningModule):
         self.log("validation_loss", found["validation_cross_entropy"] + excess)
 
     def configure_optimizers(self) -> Any:
+        own = [] if self.model.classifier is None else list(self.model.classifier.parameters())
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("classifier.")]
         optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+            [{"params": group} for group in (others, own) if group],
+            lr=self.recipe.learning_rate,
+            weight_decay=self.recipe.weight_decay,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._pace)
+        paces = (self._pace, self._pace_of_classifier)[: len(optimizer.param_groups)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, list(paces))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _pace(self, step: int) -> float:
@@ -94,10 +99,15 @@ class MaskerLearning(lightning.LightningModule):
         share = min((done - start) / (end - start), 1.0)
         return min(share * 20, 1.0) * (0.5 + 0.5 * math.cos(math.pi * max(2 * share - 1, 0.0)))
 
+    def _pace_of_classifier(self, step: int) -> float:
+        _, first, last, _ = self._borders()
+        along = self.control.along if first <= step / self._steps() < last else 1.0
+        return along * self._pace(step)
+
     def _borders(self) -> list[float]:
         """Where the parts of the training begin and end: with a network that is given there is one."""
         control, own = self.control, self.model.classifier is not None
-        return [0.0, control.warmup * own, 1 - control.tuning * (own and not control.joint), 1.0]
+        return [0.0, control.warmup * own, 1 - control.tuning * own, 1.0]
 
     def _part(self) -> int:
         """0: the classifier learns alone, 1: the masking network learns, 2: the classifier again."""

@@ -201,8 +201,8 @@ class MaskerModel(nn.Module):
         """The terms of a batch. beta: weight of the compression in the masking network's gradient."""
         chosen, labels = self.objective, self.answers(inputs, labels)
         logits, pixels = self.logits(inputs), self.pixels(inputs)
-        mask = relaxed_mask(logits, _chances(logits.shape, inputs), chosen.temperature)
-        seen = straight_through(mask)
+        relaxed = relaxed_mask(logits, _chances(logits.shape, inputs), chosen.temperature)
+        mask, seen = straight_through(relaxed, logits), straight_through(relaxed.round(), logits)
         if chosen.rectangles:
             seen = with_rectangles(seen, _chances((len(inputs), chosen.rectangles, 4), inputs), chosen.sides)
         said = self.says(inputs, seen)
@@ -211,7 +211,7 @@ class MaskerModel(nn.Module):
             cross_entropy=F.cross_entropy(said, labels, reduction="none"),
             autoencoder=autoencoder,
             others=others,
-            entropy=chosen.entropy * mask_nats(mask, logits),
+            entropy=chosen.entropy * mask_nats(relaxed, logits),
             correct=said.argmax(1) == labels,
             rho=logits.detach().sigmoid().mean((1, 2, 3)),
         )

@@ -12,10 +12,11 @@ constant of the Gaussian is left out, so that its targets of -log g (12, 25, 50,
 
 Reference: Zhmoginov, Fischer, Sandler, "Information-Bottleneck Approach to Salient Region Discovery", 2019.
 
-Differently from the paper, which says no more than Gumbel-softmax, only the autoencoders learn on the relaxed mask. The
-classifier sees the Boolean one (straight-through: Boolean forwards, relaxed backwards; Jang et al., ICLR 2017). On
-relaxed masks it learns to read the grey: 96 % became 43 % on MNIST anchors once masks were Boolean. With Boolean masks
-for both, rho stays between 0 and 1 everywhere.
+Differently from the paper, which says no more than Gumbel-softmax: only the autoencoders see the relaxed mask, the
+classifier the Boolean one. On relaxed masks it learns to read the grey: 96 % became 43 % on MNIST anchors once masks
+were Boolean. With Boolean masks for both, rho stays between 0 and 1 everywhere. And what flows back to a mask goes on
+to the log-odds as it is (`straight_through`; Bengio et al., arXiv:1308.3432). The relaxed mask's own slope is near 0
+where rho is: with it, what had been shut never opened again.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def held(logits: Tensor, bound: float) -> Tensor:
     return _Held.apply(logits, bound)
 
 
-def straight_through(relaxed: Tensor) -> Tensor:
-    """The Boolean mask of this relaxed one, with its gradient."""
-    return (relaxed > 0.5).to(relaxed.dtype) + (relaxed - relaxed.detach())
+def straight_through(mask: Tensor, logits: Tensor) -> Tensor:
+    """The mask itself, which was drawn with these logits; what flows back through it reaches them with the slope that
+    rho has at one half, 1 / 4, however shut or open they are.
+    """
+    return mask.detach() + (logits - logits.detach()) / 4
 
 
 def weighted_gradient(mask: Tensor, weight: Tensor | float) -> Tensor:
@@ -116,12 +119,12 @@ class Control:
     loss is above the target by more than `tolerance` of it, and falls below it alike. target: nats. beta: the weight,
     or the first one. What it is in a step is decided by the loss of the step before, which saves a second pass.
 
-    joint: whether classifier and masking network learn together, as in the paper. Ours, without: the classifier learns
-    alone for a share `warmup` of the training, from masks that do not look at the picture; then the masking network,
-    while the classifier stays as it is; in the last share, `tuning`, the classifier again, from masks that stay as they
-    are. A mask cannot agree with such a classifier on a code for the class, it has to show the evidence (as in REAL-X:
-    Jethani et al., AISTATS 2021), and the two cannot close the mask together. ramp: the share behind the warmup in
-    which beta rises from 0 to its value.
+    A training has three parts. For a share `warmup` of it the classifier learns alone, from masks that do not look at
+    the picture. Then the masking network and the autoencoder learn, and the classifier at a share `along` of their
+    learning rate; the paper knows this part alone, with 1. With 0 it stays as it is, and a mask cannot agree with it on
+    a code for the class (REAL-X: Jethani et al., AISTATS 2021), but it does not learn either that nothing to be seen
+    can be the sign of a class. In the last share, `tuning`, it learns from masks that stay as they are. ramp: the share
+    behind the warmup in which beta rises from 0 to its value.
     """
 
     kind: ControlName
@@ -129,7 +132,7 @@ class Control:
     beta: float
     rate: float
     tolerance: float
-    joint: bool
+    along: float
     warmup: float
     tuning: float
     ramp: float
@@ -138,7 +141,7 @@ class Control:
         part = "method.control"
         check_choice(self, "kind", *CONTROLS)
         check_positive(self, "target", "beta", "rate", part=part)
-        check_not_negative(self, "tolerance", "warmup", "tuning", "ramp", part=part)
+        check_not_negative(self, "tolerance", "along", "warmup", "tuning", "ramp", part=part)
         if self.warmup + self.tuning >= 1:
             raise UserError(f"{part}.warmup and tuning are {self.warmup} and {self.tuning}: shares below 1 together.")
 
