@@ -44,14 +44,18 @@ _CIFAR10 = (  # as boolean_masker has it for MNIST's rectangles, and appendix C.
     *("method.control.target=40", "method.control.beta=0.005"),
     *("method.control.warmup=0.3", "method.control.tuning=0.1"),
 )
+_CONDITIONAL = (  # its own entropies have weight 1, so the mask stays near where it starts
+    *("method.objective.name=conditional", "method.objective.entropy=1", "method.objective.initial_rho=0.5"),
+    "method.control.beta=0.05",
+)
 EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "anomaly": ("method=boolean_masker", "dataset=mnist_anomaly"),
     "anchors": (*_ANCHORS, "method.control.along=1", "method.control.tuning=0"),
     "anchors_randomised": (*_ANCHORS, "method.objective.rectangles=1"),
     "distractor4": ("method=boolean_masker_digits", "dataset=mnist_distractor4"),
     "distractor2": ("method=boolean_masker_digits", "dataset=mnist_distractor2"),
-    "anchors_conditional": (*_ANCHORS, "method.objective.name=conditional", "dataset.noise=128"),
-    "anomaly_conditional": ("method=boolean_masker", "dataset=mnist_anomaly", "method.objective.name=conditional"),
+    "anchors_conditional": (*_ANCHORS, "dataset.noise=128", *_CONDITIONAL),
+    "anomaly_conditional": ("method=boolean_masker", "dataset=mnist_anomaly", *_CONDITIONAL),
     "cifar10_anomaly": _CIFAR10,
 }
 DRAWS, SHOWN, TUNING_STEPS, NORM_BINS = 4, 8, 500, 20
@@ -205,8 +209,10 @@ def _draw(model: MaskerModel, pictures: Pictures, path: Path) -> None:
     annotated = pictures.inside.flatten(1).any(1)
     mean: Callable[[Tensor, Tensor], Tensor] = lambda values, plane: (values * plane).sum((1, 2)) / plane.sum((1, 2))  # noqa: E731
     left, right = below.subplots(1, 2)
+    sizes = rho.mean((1, 2))
     for c in range(model.classes):
-        left.hist(rho[pictures.labels == c].mean((1, 2)).numpy(), bins=40, alpha=0.5, label=f"class {c}")
+        span = (0.0, max(float(sizes.max()), 0.01))  # masks that are all alike too
+        left.hist(sizes[pictures.labels == c].numpy(), bins=40, range=span, alpha=0.5, label=f"class {c}")
     left.set(xlabel="mean of rho over the picture", ylabel="pictures")
     for plane, label in ((pictures.inside, "inside"), (~pictures.inside, "outside")):
         values = mean(rho[annotated], plane[annotated])
