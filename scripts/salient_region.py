@@ -37,13 +37,7 @@ from ibxai.store import write_atomically
 from ibxai.targets import Label
 from ibxai.types import Sample
 
-_ANCHORS = ("method=boolean_masker_cifar10", "dataset=mnist_anchors", "method.networks.channels=1")
-_CIFAR10 = (  # as boolean_masker has it for MNIST's rectangles, and appendix C.3's masking network
-    *("method=boolean_masker_cifar10", "dataset=cifar10_anomaly"),
-    'method.networks.classifier="Cs(3,1,16) -> Cs(3,2,32) -> C(1,1,32) -> Cs(3,2,48) -> Cs(3,1,48) -> Avg"',
-    *("method.control.target=40", "method.control.beta=0.005"),
-    *("method.control.warmup=0.3", "method.control.tuning=0.1"),
-)
+_ANCHORS = ("method=boolean_masker_anchors", "dataset=mnist_anchors")
 _CONDITIONAL = (  # its own entropies have weight 1, so the mask stays near where it starts
     *("method.objective.name=conditional", "method.objective.entropy=1", "method.objective.initial_rho=0.5"),
     "method.control.beta=0.05",
@@ -56,7 +50,7 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "distractor2": ("method=boolean_masker_digits", "dataset=mnist_distractor2"),
     "anchors_conditional": (*_ANCHORS, "dataset.noise=128", *_CONDITIONAL),
     "anomaly_conditional": ("method=boolean_masker", "dataset=mnist_anomaly", *_CONDITIONAL),
-    "cifar10_anomaly": _CIFAR10,
+    "cifar10_anomaly": ("method=boolean_masker_cifar10", "dataset=cifar10_anomaly"),
 }
 DRAWS, SHOWN, TUNING_STEPS, NORM_BINS = 4, 8, 500, 20
 SIDES = (0.2, 0.5)  # of the rectangles that every masker is judged with

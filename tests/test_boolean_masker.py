@@ -51,7 +51,13 @@ from ibxai.targets import ClassTarget, Predicted
 from ibxai.types import Batch
 
 NAMES = [name for name in entries()["method"] if name.startswith("boolean_masker")]
-SIZES = {"boolean_masker": 28, "boolean_masker_cifar10": 32, "boolean_masker_digits": 56, "boolean_masker_svhn": 128}
+SIZES = {
+    "boolean_masker": 28,
+    "boolean_masker_anchors": 32,
+    "boolean_masker_cifar10": 32,
+    "boolean_masker_digits": 56,
+    "boolean_masker_svhn": 128,
+}
 PAPERS = {  # where the default has others of ours
     "boolean_masker": Networks(
         masker="[C(1,1,4) -> C(3,2,4) -> C(1,1,8) -> C(3,2,8)] "
@@ -61,7 +67,16 @@ PAPERS = {  # where the default has others of ours
         decoder="FC(24) -> FC(49) -> Shape(7x7) -> Ts(3,2,16) -> Ts(3,1,16) -> Ts(3,2,16) -> C(1,1,2)",
         channels=1,
         latent=16,
-    )
+    ),
+    "boolean_masker_cifar10": Networks(
+        masker="[C(1,1,8) -> C(3,2,16) -> C(1,1,16) -> C(3,2,32)] -> [Cs(3,1,16) -> Resize(10) -> Cs(3,1,16) "
+        "-> Resize(16) -> Cs(3,1,8) -> Resize(32) -> Cs(3,1,8) -> C(1,1,1)]",
+        classifier="C(1,1,8) -> C(3,2,16) -> C(1,1,16) -> C(3,2,32) -> C(1,1,32) -> C(3,2,48) -> C(1,1,48) -> Avg",
+        encoder="C(3,2,8) -> C(3,2,8) -> C(3,2,16) -> C(3,1,16)",
+        decoder="FC(64) -> FC(128) -> Shape(8x8) -> Ts(3,2,16) -> Ts(3,1,16) -> Ts(3,2,16) -> Ts(3,1,4)",
+        channels=3,
+        latent=16,
+    ),
 }
 TINY = Networks(
     masker="[Cs(3,1,4)] -> [C(1,1,4) -> C(1,1,1)]",
