@@ -204,8 +204,8 @@ def _draw(model: MaskerModel, pictures: Pictures, path: Path) -> None:
     mean: Callable[[Tensor, Tensor], Tensor] = lambda values, plane: (values * plane).sum((1, 2)) / plane.sum((1, 2))  # noqa: E731
     left, right = below.subplots(1, 2)
     sizes = rho.mean((1, 2))
+    span = (0.0, max(float(sizes.max()), 0.01))  # masks that are all alike too
     for c in range(model.classes):
-        span = (0.0, max(float(sizes.max()), 0.01))  # masks that are all alike too
         left.hist(sizes[pictures.labels == c].numpy(), bins=40, range=span, alpha=0.5, label=f"class {c}")
     left.set(xlabel="mean of rho over the picture", ylabel="pictures")
     for plane, label in ((pictures.inside, "inside"), (~pictures.inside, "outside")):

@@ -303,10 +303,11 @@ def without_last(network: nn.Module) -> nn.Module:
     return nn.Sequential(*list(network.children())[:-1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_papers_networks_have_the_shapes_they_need(name: str) -> None:
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}, paper" for name in PAPERS)])
+def test_the_networks_have_the_shapes_they_need(name: str) -> None:
     """At the paper's sizes no map has to be resized at the end, so the text has been read as it was meant."""
-    networks, side = PAPERS.get(name, masker_of(name).networks), SIZES[name]
+    name, _, paper = name.partition(", ")
+    networks, side = PAPERS[name] if paper else masker_of(name).networks, SIZES[name]
     shape = (networks.channels, side, side)
     with_mask = (networks.channels + 1, side, side)
     masker, decoding = masking_network(networks.masker, shape), decoder(networks.decoder, networks.latent, with_mask)
